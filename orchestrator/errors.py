@@ -67,7 +67,7 @@ class ConfigError(OrchestratorError):
 
     code = "config"
     exit_code = 2
-    advice = "Correct the named setting; `orchestrator config show --origin` tells where each value comes from."
+    advice = "Correct the named setting; `orchestrator config show --origin` tells where values come from."
 
 
 class PlanError(OrchestratorError):

@@ -1,0 +1,107 @@
+"""Who calls: from the request's headers and ``_meta`` to the run, the span and the project behind it."""
+
+import re
+from collections.abc import Mapping
+from contextlib import suppress
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from mcp.server.mcpserver import Context
+
+from orchestrator.errors import RunNotFoundError
+from orchestrator.runtime import Runtime
+from orchestrator.store import Run
+from orchestrator.tracing import SpanContext
+
+#: What the stdio shim says of its surroundings, in the ``_meta`` of each tools/call.
+CALLER_KEY = "orchestrator/caller"
+
+_BEARER = re.compile(r"\s*bearer\s+(\S+)\s*", re.IGNORECASE)
+_RUN_ID = re.compile(r"[0-9a-f]{16}")
+
+
+@dataclass(frozen=True, slots=True)
+class Caller:
+    """The other end of a request.
+
+    ``run`` is the run that calls, if an agent does; it may see and touch what is below it. Without one the
+    caller has all rights. ``span`` is the exact place a run started now hangs at. ``facts`` are kept with a
+    top-level run: ``session_id``, ``project_dir``, ``client``, ``tool_use_id``, as far as known.
+    """
+
+    run: Run | None = None
+    span: SpanContext | None = None
+    facts: dict[str, Any] | None = None
+
+    def directory(self, cwd: str | None, *, continues: bool) -> Path | None:
+        """Where a task is to work: as asked, seen from the caller's project. None leaves it to the runtime.
+
+        A session that ``continues`` stays where it is: it could not be found from elsewhere.
+        """
+        project = (self.facts or {}).get("project_dir")
+        if cwd is None:
+            return Path(project) if project and not continues else None
+        return Path(project or "") / cwd
+
+
+def bearer(headers: Mapping[str, str]) -> str | None:
+    """The bearer token in the headers."""
+    match = _BEARER.fullmatch(headers.get("authorization", ""))
+    return match[1] if match else None
+
+
+async def caller_of(rt: Runtime, ctx: Context) -> Caller:
+    """Who sent this request. An agent's own token says which run it is; anyone else may do everything.
+
+    A trusted client may call on behalf of a run too: a shim started somewhere below an agent must not begin a
+    new tree, or nesting would have no limit.
+    """
+    headers: Mapping[str, str] = ctx.headers or {}
+    meta: Mapping[str, Any] = ctx.request_context.meta or {}
+    claims = meta.get(CALLER_KEY)
+    claims = claims if isinstance(claims, dict) else {}
+    span = SpanContext.parse(headers.get("traceparent") or _text(meta.get("traceparent")))
+    token = bearer(headers)
+    run_id = rt.tokens.run_of(token) if token else None
+    run = await rt.store.run(run_id) if run_id else await _claimed(rt, claims.get("run_id"))
+    if run is not None:
+        return Caller(run, span if span is not None and span.trace_id == run.trace_id else None)
+    return Caller(None, span, _facts(ctx, meta, claims) or None)
+
+
+async def visible(rt: Runtime, caller: Caller, run_id: str) -> Run:
+    """The run of that id or start of an id, if the caller may touch it. Raises RunNotFoundError."""
+    row = await rt.store.run(run_id)
+    if caller.run is None:
+        return row
+    below = {run.id for run in await rt.store.tree(caller.run.id)} - {caller.run.id}
+    if row.id not in below:
+        # The same error as for an id that does not exist: other trees are none of an agent's business.
+        raise RunNotFoundError(f"no run {run_id!r} among those you started", advice="List yours with query_traces.")
+    return row
+
+
+async def _claimed(rt: Runtime, run_id: Any) -> Run | None:
+    if isinstance(run_id, str) and _RUN_ID.fullmatch(run_id):
+        with suppress(RunNotFoundError):
+            run = await rt.store.run(run_id)
+            return None if run.ended else run
+    return None
+
+
+def _facts(ctx: Context, meta: Mapping[str, Any], claims: Mapping[str, Any]) -> dict[str, str]:
+    client = ctx.session.client_params
+    info = client.client_info if client else None
+    found = {
+        "session_id": _text(claims.get("session_id")),
+        "project_dir": _text(claims.get("project_dir")),
+        "client": f"{info.name}/{info.version}" if info else None,
+        # The same id is on the client's own tool span: it joins the two traces where no traceparent came.
+        "tool_use_id": _text(meta.get("claudecode/toolUseId")),
+    }
+    return {name: value for name, value in found.items() if value}
+
+
+def _text(value: Any) -> str | None:
+    return value if isinstance(value, str) and value else None

@@ -1,0 +1,157 @@
+"""The line door: MCP as newline-delimited JSON on a loopback socket, for the stdio shim.
+
+A connection opens with one line each way: ``{"token": …, "version": …}``, answered by ``{"ok": true, "version": …}``
+or by ``{"ok": false, "error": …}`` and the end. What follows is what MCP's stdio transport would say.
+"""
+
+import json
+import logging
+import secrets
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager, suppress
+from functools import partial
+from typing import Any
+
+import anyio
+from anyio.abc import ByteStream, SocketAttribute
+from anyio.streams.memory import MemoryObjectReceiveStream, MemoryObjectSendStream
+from mcp.server.lowlevel import Server
+from mcp.server.runner import serve_dual_era_loop
+from mcp.shared.message import SessionMessage
+from mcp_types import INVALID_REQUEST, PARSE_ERROR, jsonrpc_message_adapter
+from pydantic import ValidationError
+
+from orchestrator import __version__
+from orchestrator.errors import MessageTooLargeError
+from orchestrator.framing import LineFramer
+from orchestrator.groups import unwrapped
+
+log = logging.getLogger(__name__)
+
+HELLO_SECONDS = 5
+MAX_HELLO_BYTES = 4096
+MAX_LINE_BYTES = 64 * 1024 * 1024
+READ_BYTES = 1 << 16
+
+_GONE = (anyio.BrokenResourceError, anyio.ClosedResourceError, anyio.EndOfStream)
+
+
+@asynccontextmanager
+async def open_line_door(server: Server[Any], token: str) -> AsyncIterator[int]:
+    """Listen on a free loopback port, which is yielded; leaving the context ends every connection.
+
+    Requests that can be answered within GRACE_SECONDS then are.
+    """
+    listener = await anyio.create_tcp_listener(local_host="127.0.0.1")
+    unanswered = Unanswered()
+    async with listener, server.lifespan(server) as state:
+        with unwrapped():
+            async with anyio.create_task_group() as tg:
+                tg.start_soon(listener.serve, partial(_connection, server, state, token, unanswered))
+                yield listener.extra(SocketAttribute.local_port)
+                with anyio.move_on_after(GRACE_SECONDS):
+                    await unanswered.none()
+                tg.cancel_scope.cancel()
+
+
+async def _connection(
+    server: Server[Any], state: Any, token: str, unanswered: "Unanswered", stream: ByteStream
+) -> None:
+    """One shim, from its hello to its end. Its requests end with it; the runs they started do not."""
+    lines = Lines(stream)
+    async with stream:
+        try:
+            with anyio.fail_after(HELLO_SECONDS):
+                await _greet(lines, token)
+        except (TimeoutError, PermissionError, MessageTooLargeError, *_GONE) as reason:
+            log.debug("a connection was refused: %s", reason)
+            return
+        with suppress(*_GONE):
+            await _converse(server, state, lines, unanswered)
+
+
+async def _greet(lines: "Lines", token: str) -> None:
+    """Raises PermissionError for whoever does not know the token."""
+    hello = _parsed(await lines.receive(MAX_HELLO_BYTES))
+    presented = hello.get("token") if isinstance(hello, dict) else None
+    if not isinstance(presented, str) or not secrets.compare_digest(presented.encode(), token.encode()):
+        await lines.send(_compact({"ok": False, "error": "the token is wrong"}))
+        raise PermissionError("wrong token")
+    await lines.send(_compact({"ok": True, "version": __version__}))
+
+
+async def _converse(server: Server[Any], state: Any, lines: "Lines", unanswered: "Unanswered") -> None:
+    to_server, incoming = anyio.create_memory_object_stream[SessionMessage | Exception]()
+    outgoing, from_server = anyio.create_memory_object_stream[SessionMessage]()
+    with unwrapped():
+        async with anyio.create_task_group() as tg:
+            with unanswered.of_one_connection() as open_ids:
+                tg.start_soon(_read, lines, to_server, open_ids)
+                tg.start_soon(_write, lines, from_server, open_ids)
+                await serve_dual_era_loop(server, incoming, outgoing, lifespan_state=state)
+                tg.cancel_scope.cancel()
+
+
+async def _read(
+    lines: "Lines", to_server: MemoryObjectSendStream[SessionMessage | Exception], open_ids: set
+) -> None:
+    async with to_server:
+        with suppress(*_GONE):
+            while True:
+                line = await lines.receive(MAX_LINE_BYTES)
+                try:
+                    message = SessionMessage(jsonrpc_message_adapter.validate_json(line, by_name=False))
+                except ValidationError:
+                    await lines.send(_compact(_not_a_message(line)))
+                else:
+                    await to_server.send(message)
+
+
+async def _write(lines: "Lines", from_server: MemoryObjectReceiveStream[SessionMessage]) -> None:
+    async with from_server:
+        with suppress(*_GONE):
+            async for item in from_server:
+                await lines.send(item.message.model_dump_json(by_alias=True, exclude_unset=True).encode())
+
+
+def _not_a_message(line: bytes) -> dict[str, Any]:
+    """JSON-RPC's answer to a line that is no message; without one its sender would wait for ever."""
+    sent = _parsed(line)
+    code, words = (PARSE_ERROR, "not JSON") if sent is None else (INVALID_REQUEST, "not a JSON-RPC message")
+    message_id = sent.get("id") if isinstance(sent, dict) else None
+    known = message_id if isinstance(message_id, str | int) else None
+    return {"jsonrpc": "2.0", "id": known, "error": {"code": code, "message": words}}
+
+
+class Lines:
+    """Lines of bytes over a stream of bytes."""
+
+    def __init__(self, stream: ByteStream) -> None:
+        self._stream = stream
+        self._framer = LineFramer(MAX_LINE_BYTES)
+        self._ready: list[bytes] = []
+        self._sending = anyio.Lock()
+
+    async def receive(self, max_bytes: int) -> bytes:
+        """The next line. Raises EndOfStream, and MessageTooLargeError for a line of more than ``max_bytes``."""
+        while not self._ready:
+            self._ready = self._framer.feed(await self._stream.receive(READ_BYTES))[::-1]
+        line = self._ready.pop()
+        if len(line) > max_bytes:
+            raise MessageTooLargeError(f"a line of {len(line):,} bytes, where {max_bytes:,} are allowed")
+        return line
+
+    async def send(self, line: bytes) -> None:
+        async with self._sending:
+            await self._stream.send(line + b"\n")
+
+
+def _parsed(line: bytes) -> Any:
+    try:
+        return json.loads(line)
+    except (ValueError, RecursionError):
+        return None
+
+
+def _compact(value: Any) -> bytes:
+    return json.dumps(value, separators=(",", ":")).encode()

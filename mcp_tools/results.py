@@ -1,0 +1,165 @@
+"""What callers get to read: answers, failures and traces, shaped for a model. Pure."""
+
+import json
+import re
+from collections.abc import Sequence
+from datetime import UTC, datetime, timedelta
+from typing import Any, TypedDict
+
+from orchestrator.errors import ConfigError, OrchestratorError
+from orchestrator.outcome import Outcome
+from orchestrator.store import Run
+
+PARTIAL_CHARS = 2000
+PROMPT_CHARS = 200
+TEXT_CHARS = 500
+
+_SPAN = re.compile(r"(\d+(?:\.\d+)?)\s*([smhdw])")
+_UNITS = {"s": "seconds", "m": "minutes", "h": "hours", "d": "days", "w": "weeks"}
+
+
+class TraceRow(TypedDict, total=False):
+    """A run in the list of runs. What is not known, or does not apply, is left out."""
+
+    run_id: str
+    parent_id: str
+    agent: str
+    step: str
+    status: str
+    model: str
+    prompt: str
+    text: str
+    cost_usd: float
+    tokens: int
+    started: str
+    duration_ms: int
+    session_id: str
+    trace_id: str
+    error: str
+
+
+class Traces(TypedDict):
+    """A page of runs, newest first; ``next`` is the cursor of the next page."""
+
+    runs: list[TraceRow]
+    next: str | None
+
+
+class AgentRow(TypedDict, total=False):
+    """An agent one can delegate to. ``model`` is the one it runs with unless a call names another."""
+
+    name: str
+    description: str
+    model: str
+    tools: list[str]
+
+
+class Agents(TypedDict):
+    """The agents there are, and what is wrong with files that give none."""
+
+    agents: list[AgentRow]
+    problems: list[str]
+
+
+def answer(outcome: Outcome) -> str:
+    """The agent's answer as it gave it, then one line of facts."""
+    said = compact(outcome.structured) if outcome.has_structured else outcome.text
+    return f"{said}\n{facts(outcome)}"
+
+
+def facts(outcome: Outcome) -> str:
+    """``[run_id=… status=… session=… cost=… tokens=… 4.2s]``"""
+    cost = "unknown" if outcome.cost_usd is None else f"${outcome.cost_usd:.4f}"
+    parts = [f"run_id={outcome.run_id}", f"status={outcome.status}"]
+    if outcome.session_id:
+        parts.append(f"session={outcome.session_id}")
+    parts += [f"cost={cost}", f"tokens={outcome.usage.total_tokens}"]
+    if outcome.duration_ms is not None:
+        parts.append(f"{outcome.duration_ms / 1000:.1f}s")
+    return f"[{' '.join(parts)}]"
+
+
+def pending(run: Run, doing: str, seconds: float) -> str:
+    """A run that is not done yet is no error: what it does, and how to go on waiting."""
+    call = f"run_wait({compact([run.id])})"
+    return f"run_id={run.id} still running ({doing}, {seconds:.0f} s); call {call}"
+
+
+def failure(name: str, outcome: Outcome) -> str:
+    """A run that did not succeed: one sentence for people, one line of JSON to decide from."""
+    error = outcome.error or {}
+    more = {"run_id": outcome.run_id, "session_id": outcome.session_id, "partial_text": outcome.text[:PARTIAL_CHARS]}
+    status = outcome.status.replace("_", " ")
+    return _told(f"{name} {status}: {error.get('message', 'no reason was recorded')}", error, more)
+
+
+def refusal(error: OrchestratorError) -> str:
+    """An error that is not about a run's end, in the same form."""
+    return _told(error.message, error.to_dict(), {})
+
+
+def _told(sentence: str, error: dict[str, Any], more: dict[str, Any]) -> str:
+    details = {key: _cut_value(value) for key, value in error.get("details", {}).items()}
+    facts = {name: error.get(name) for name in ("code", "retryable", "retry_after", "advice")} | details | more
+    known = {name: value for name, value in facts.items() if value not in (None, "")}
+    return f"{sentence}\n{compact(known)}"
+
+
+def _cut_value(value: Any) -> Any:
+    return value[-PARTIAL_CHARS:] if isinstance(value, str) else value
+
+
+def several(parts: Sequence[tuple[Run, str]]) -> str:
+    """Texts about several runs, each under a line that names its run."""
+    return "\n\n".join(f"--- {run.name} {run.id} ---\n{text}" for run, text in parts)
+
+
+def trace_row(run: Run) -> TraceRow:
+    row = {
+        "run_id": run.id,
+        "parent_id": run.parent_id,
+        "agent": run.name,
+        "step": run.step,
+        "status": run.status,
+        "model": run.model_used or run.model_requested,
+        "prompt": cut(run.prompt or "", PROMPT_CHARS),
+        "text": cut(run.text, TEXT_CHARS),
+        "cost_usd": None if run.cost_usd is None else round(run.cost_usd, 6),
+        "tokens": run.usage.total_tokens,
+        "started": iso(run.started_us or run.created_us),
+        "duration_ms": run.duration_ms,
+        "session_id": run.session_id,
+        "trace_id": run.trace_id,
+        "error": f"{run.error.get('code')}: {cut(run.error.get('message', ''), TEXT_CHARS)}" if run.error else None,
+    }
+    return TraceRow(**{name: value for name, value in row.items() if value not in (None, "")})  # type: ignore[typeddict-item]  # the keys are those above
+
+
+def cut(text: str, limit: int) -> str:
+    return text if len(text) <= limit else text[: limit - 1] + "…"
+
+
+def iso(us: int) -> str:
+    """Microseconds since 1970 as ISO 8601 in UTC, to the millisecond."""
+    return datetime.fromtimestamp(us / 1e6, UTC).isoformat(timespec="milliseconds").replace("+00:00", "Z")
+
+
+def instant(text: str, now_us: int) -> int:
+    """``2026-11-20T09:00``, or how long ago (``30m``, ``2h``, ``3d``), as microseconds since 1970.
+
+    A time without a zone is UTC, like the times we give. Raises ConfigError.
+    """
+    try:
+        if match := _SPAN.fullmatch(text.strip().lower()):
+            ago = timedelta(**{_UNITS[match[2]]: float(match[1])})
+            return now_us - int(ago.total_seconds() * 1e6)
+        moment = datetime.fromisoformat(text.strip())
+    except (ValueError, OverflowError):
+        raise ConfigError(
+            f"{text!r} is no time", advice="Give ISO 8601 (2026-11-20T09:00) or how long ago (30m, 2h, 3d)."
+        ) from None
+    return int((moment if moment.tzinfo else moment.replace(tzinfo=UTC)).timestamp() * 1e6)
+
+
+def compact(value: Any) -> str:
+    return json.dumps(value, ensure_ascii=False, separators=(",", ":"), default=str)

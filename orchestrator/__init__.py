@@ -1,0 +1,57 @@
+"""Hand work to agents: real CLI processes in durable, budgeted, traced sessions that continue and fork.
+
+The names below are the public ones. They load on first use, so that ``import orchestrator`` stays cheap.
+"""
+
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+__version__ = "0.1.0"
+
+if TYPE_CHECKING:
+    from orchestrator.agents import Agent, Catalog
+    from orchestrator.config import Config, load_config
+    from orchestrator.delegate import Task, delegate, submit
+    from orchestrator.errors import OrchestratorError
+    from orchestrator.outcome import Outcome, Usage
+    from orchestrator.plan_runs import run_plan
+    from orchestrator.runtime import Runtime, open_runtime
+
+_HOME = {
+    "Agent": "orchestrator.agents",
+    "Catalog": "orchestrator.agents",
+    "Config": "orchestrator.config",
+    "load_config": "orchestrator.config",
+    "Task": "orchestrator.delegate",
+    "delegate": "orchestrator.delegate",
+    "submit": "orchestrator.delegate",
+    "OrchestratorError": "orchestrator.errors",
+    "Outcome": "orchestrator.outcome",
+    "Usage": "orchestrator.outcome",
+    "run_plan": "orchestrator.plan_runs",
+    "Runtime": "orchestrator.runtime",
+    "open_runtime": "orchestrator.runtime",
+}
+
+__all__ = [
+    "Agent",
+    "Catalog",
+    "Config",
+    "OrchestratorError",
+    "Outcome",
+    "Runtime",
+    "Task",
+    "Usage",
+    "__version__",
+    "delegate",
+    "load_config",
+    "open_runtime",
+    "run_plan",
+    "submit",
+]
+
+
+def __getattr__(name: str) -> Any:
+    if name in _HOME:
+        return getattr(import_module(_HOME[name]), name)
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

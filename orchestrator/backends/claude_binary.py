@@ -1,0 +1,71 @@
+"""Where the Claude Code binary is: configuration, PATH, the usual places, the copy inside claude_agent_sdk."""
+
+import importlib.util
+import os
+import shutil
+import subprocess
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+from orchestrator.errors import CLINotFoundError
+
+
+@dataclass(frozen=True, slots=True)
+class Candidate:
+    """A place that was looked at. ``origin`` says why; ``usable`` is whether a program is there."""
+
+    origin: str
+    path: Path | None
+
+    @property
+    def usable(self) -> bool:
+        return self.path is not None and self.path.is_file() and os.access(self.path, os.X_OK)
+
+
+def candidates(configured: Path | None, environ: Mapping[str, str], home: Path) -> list[Candidate]:
+    """Every place in order of preference. A configured path is the only one: it was asked for by name."""
+    if configured is not None:
+        return [Candidate("claude.path", configured)]
+    on_path = shutil.which("claude", path=environ.get("PATH", ""))
+    usual = (home / ".local/bin/claude", home / ".claude/local/claude", Path("/usr/local/bin/claude"))
+    return [
+        Candidate("PATH", Path(on_path) if on_path else None),
+        *(Candidate("usual place", path) for path in usual),
+        Candidate("claude_agent_sdk", _bundled()),
+    ]
+
+
+def find_binary(configured: Path | None, environ: Mapping[str, str], home: Path) -> Candidate:
+    """The first usable candidate. Raises CLINotFoundError naming every place that was looked at."""
+    looked = candidates(configured, environ, home)
+    for candidate in looked:
+        if candidate.usable:
+            return candidate
+    places = "; ".join(f"{c.origin}: {c.path or 'nothing'}" for c in looked)
+    raise CLINotFoundError(f"no Claude Code CLI found ({places})")
+
+
+def version_of(binary: Path, timeout: float = 10) -> str:
+    """The first line of ``claude --version``; costs 12 ms and touches nothing. Raises CLINotFoundError."""
+    try:
+        done = subprocess.run(
+            [str(binary), "--version"],
+            capture_output=True,
+            text=True,
+            timeout=timeout,
+            check=True,
+            stdin=subprocess.DEVNULL,
+            env={"PATH": os.defpath, "HOME": "/nonexistent"},
+        )
+    except (OSError, subprocess.SubprocessError) as error:
+        raise CLINotFoundError(f"{binary} does not answer --version: {error}") from error
+    return done.stdout.strip()
+
+
+def _bundled() -> Path | None:
+    # find_spec does not run the package: importing it would cost 0.6 s.
+    spec = importlib.util.find_spec("claude_agent_sdk")
+    if spec is None or not spec.submodule_search_locations:
+        return None
+    return Path(spec.submodule_search_locations[0]) / "_bundled" / "claude"

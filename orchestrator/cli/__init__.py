@@ -1,0 +1,1 @@
+"""The command line. Commands parse, open the runtime, call one verb, and print."""

@@ -1,0 +1,287 @@
+"""Settings: defaults < orchestrator.yaml < .env < environment < command line, in this one place.
+
+Every setting is a field below; its environment name is ``ORCHESTRATOR_`` and the dotted path in capitals with
+two underscores for each dot (``limits.max_depth`` is ``ORCHESTRATOR_LIMITS__MAX_DEPTH``). Values from the
+environment are read as YAML, so lists and numbers work. Nothing else of the environment is looked at.
+"""
+
+import difflib
+import json
+import os
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import yaml
+from dotenv import dotenv_values
+from platformdirs import user_config_path, user_data_path
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
+
+from orchestrator.errors import ConfigError
+
+CONFIG_FILE = "orchestrator.yaml"
+ENV_PREFIX = "ORCHESTRATOR_"
+
+
+class _Section(BaseModel):
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+
+class ClaudeConfig(_Section):
+    """How the Claude Code CLI is found and started. Times are seconds."""
+
+    path: Path | None = Field(None, description="The binary; looked up when not set.")
+    home: Path | None = Field(None, description="HOME of the CLI: where its login and its sessions are.")
+    base_url: str | None = Field(None, description="ANTHROPIC_BASE_URL of the CLI.")
+    pass_env: tuple[str, ...] = Field((), description="Variables (or globs) of ours that the CLI may see.")
+    env: dict[str, str] = Field(default_factory=dict, description="Variables set for the CLI.")
+    max_retries: int = Field(3, ge=0, description="The CLI's own retries of one request (its default is 10).")
+    request_timeout_s: float = Field(600, gt=0, description="How long one request may wait for its head.")
+    stream_idle_timeout_s: float = Field(
+        120, ge=10, le=1800, description="How long a started answer may pause before it is asked for again."
+    )
+    start_timeout_s: float = Field(30, gt=0, description="How long the CLI may take to answer `initialize`.")
+    max_line_bytes: int = Field(64 * 1024 * 1024, ge=65536, description="Longest line of output accepted.")
+    allow_bypass_permissions: bool = Field(
+        False, description="Whether agents may run with permissionMode bypassPermissions. For sandboxes only."
+    )
+    setting_sources: tuple[str, ...] = Field(
+        ("user", "project", "local"), description="Claude Code settings files that agents load."
+    )
+
+
+class LimitsConfig(_Section):
+    """What runs may use at most. Times are seconds, money is USD; 0 for a budget means none may be spent."""
+
+    max_depth: int = Field(3, ge=1, description="How deep delegation may nest; a top-level run has depth 1.")
+    max_processes: int = Field(8, ge=1, description="CLI processes at once; further runs wait.")
+    budget_usd: float | None = Field(None, ge=0, description="Budget of a run that names none.")
+    max_turns: int | None = Field(None, ge=1, description="Model turns of a run that names none.")
+    timeout_s: float = Field(3600, gt=0, description="Wall time of a run that names none.")
+    idle_timeout_s: float = Field(900, gt=0, description="Silence of a run that names none.")
+    max_prompt_bytes: int = Field(10 * 1024 * 1024, ge=1, description="Longest prompt accepted, in UTF-8.")
+
+
+class AgentsConfig(_Section):
+    """Where agent files are read from."""
+
+    paths: tuple[Path, ...] = Field((Path("agents"),), description="Folders of the project's agents.")
+    user_path: Path = Field(
+        default_factory=lambda: user_config_path("orchestrator") / "agents", description="Your own agents."
+    )
+    workspaces: tuple[Path, ...] = Field((), description="Folders whose .claude/agents are read too.")
+    default_model: str | None = Field(None, description="Model where neither agent nor task names one.")
+
+
+class StoreConfig(_Section):
+    """Where runs are kept."""
+
+    path: Path | None = Field(None, description="The SQLite file; default: runs.db in the data directory.")
+
+
+class ServerConfig(_Section):
+    """The served process."""
+
+    host: str = Field("127.0.0.1", description="Address to listen on; loopback unless you know why not.")
+    port: int = Field(0, ge=0, le=65535, description="Port of the HTTP door; 0 chooses a free one.")
+    mcp_wait_s: float = Field(100, gt=0, description="How long an MCP delegate call blocks by default.")
+
+
+class TelemetryConfig(_Section):
+    """Spans. Where they go is said by the standard OTEL_* variables."""
+
+    enabled: bool = Field(True, description="Whether spans are sent when an OTLP endpoint is configured.")
+    cli_spans: bool = Field(True, description="Whether the agents' CLIs send their own spans too.")
+    content: bool = Field(False, description="Whether prompts and answers are put on spans.")
+
+
+class LogConfig(_Section):
+    """Logs; always on stderr, because stdout belongs to MCP and to scripts."""
+
+    level: str = Field("WARNING", description="DEBUG, INFO, WARNING or ERROR.")
+    format: str = Field("console", pattern="^(console|json)$", description="console or json.")
+
+
+class Config(_Section):
+    """All settings. ``origin`` maps each dotted setting that is not a default to where its value came from."""
+
+    data_dir: Path = Field(
+        default_factory=lambda: user_data_path("orchestrator"), description="Where state is kept."
+    )
+    claude: ClaudeConfig = ClaudeConfig()
+    limits: LimitsConfig = LimitsConfig()
+    agents: AgentsConfig = Field(default_factory=AgentsConfig)
+    store: StoreConfig = StoreConfig()
+    server: ServerConfig = ServerConfig()
+    telemetry: TelemetryConfig = TelemetryConfig()
+    log: LogConfig = LogConfig()
+    project_dir: Path = Field(default_factory=Path.cwd, description="Directory relative paths start from.")
+
+    _origin: dict[str, str] = {}
+
+    @property
+    def origin(self) -> Mapping[str, str]:
+        return self._origin
+
+    def resolve(self, path: Path) -> Path:
+        """``path`` seen from the project directory, with ``~`` expanded."""
+        return (self.project_dir / path.expanduser()).resolve()
+
+    @property
+    def data_path(self) -> Path:
+        return self.resolve(self.data_dir)
+
+    @property
+    def store_path(self) -> Path:
+        return self.resolve(self.store.path) if self.store.path else self.data_path / "runs.db"
+
+
+@dataclass(frozen=True, slots=True)
+class Layer:
+    """One source of settings: its name for people, and dotted path → value."""
+
+    origin: str
+    values: Mapping[str, Any]
+
+
+def load_config(
+    path: Path | None = None,
+    *,
+    project_dir: Path | None = None,
+    environ: Mapping[str, str] | None = None,
+    overrides: Mapping[str, Any] | None = None,
+) -> Config:
+    """Read all sources and return the settings in force.
+
+    ``path`` is a configuration file; without one, ``orchestrator.yaml`` is looked for in ``project_dir`` (default:
+    the current directory) and its parents, and its directory becomes the project directory. ``overrides`` maps
+    dotted settings to values and wins over everything else.
+
+    Raises ConfigError naming each wrong setting, where its value came from, and a near name for an unknown one.
+    """
+    start = (project_dir or Path.cwd()).resolve()
+    environ = os.environ if environ is None else environ
+    file = _config_file(path, start, environ)
+    base = file.parent if file else start
+    layers = [
+        Layer(str(file), dict(flatten(_read_yaml(file)))) if file else Layer("", {}),
+        Layer(str(base / ".env"), _from_environ(dotenv_values(base / ".env"))),
+        Layer("environment", _from_environ(environ)),
+        Layer("command line", dict(overrides or {})),
+    ]
+    return merge(layers, project_dir=base)
+
+
+def merge(layers: list[Layer], *, project_dir: Path) -> Config:
+    """Later layers win, setting by setting. Raises ConfigError."""
+    values: dict[str, Any] = {}
+    origin: dict[str, str] = {}
+    for layer in layers:
+        for name, value in layer.values.items():
+            values[name] = value
+            origin[name] = layer.origin
+    known = settings()
+    problems = [_unknown(name, origin[name], known) for name in values if not _is_known(name, known)]
+    if problems:
+        raise ConfigError("; ".join(problems))
+    values.setdefault("project_dir", project_dir)
+    try:
+        config = Config.model_validate(_nest(values))
+    except ValidationError as error:
+        raise ConfigError("; ".join(_explain(e, origin) for e in error.errors())) from None
+    config._origin.update(origin)  # noqa: SLF001  # our own private attribute, filled once at birth
+    return config
+
+
+def settings(model: type[BaseModel] = Config, prefix: str = "") -> dict[str, Any]:
+    """Every setting's dotted name → its pydantic field, in order of declaration."""
+    found: dict[str, Any] = {}
+    for name, field in model.model_fields.items():
+        kind = field.annotation
+        if isinstance(kind, type) and issubclass(kind, BaseModel):
+            found.update(settings(kind, f"{prefix}{name}."))
+        else:
+            found[prefix + name] = field
+    return found
+
+
+def flatten(tree: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
+    """Nested mappings → dotted names, stopping at settings that are mappings themselves."""
+    known = settings()
+    for key, value in tree.items():
+        name = f"{prefix}{key}"
+        if isinstance(value, Mapping) and name not in known:
+            yield from flatten(value, f"{name}.")
+        else:
+            yield name, value
+
+
+def _config_file(path: Path | None, start: Path, environ: Mapping[str, str]) -> Path | None:
+    if path is None and (named := environ.get(f"{ENV_PREFIX}CONFIG")):
+        path = Path(named)
+    if path is not None:
+        if not path.is_file():
+            raise ConfigError(f"no configuration file at {path}")
+        return path.resolve()
+    for folder in (start, *start.parents):
+        if (folder / CONFIG_FILE).is_file():
+            return folder / CONFIG_FILE
+    return None
+
+
+def _read_yaml(file: Path) -> Mapping[str, Any]:
+    try:
+        tree = yaml.safe_load(file.read_text("utf-8"))
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        raise ConfigError(f"{file} is not valid YAML: {error}") from None
+    if tree is None:
+        return {}
+    if not isinstance(tree, Mapping):
+        raise ConfigError(f"{file} must be a mapping of settings, not {type(tree).__name__}")
+    return tree
+
+
+def _from_environ(environ: Mapping[str, str | None]) -> dict[str, Any]:
+    found: dict[str, Any] = {}
+    for name, text in environ.items():
+        if not name.startswith(ENV_PREFIX) or text is None or name in _NOT_SETTINGS:
+            continue
+        setting = name.removeprefix(ENV_PREFIX).lower().replace("__", ".")
+        try:
+            found[setting] = yaml.safe_load(text)
+        except yaml.YAMLError:
+            found[setting] = text
+    return found
+
+
+# Variables of ours that are not settings: the configuration file's place, and what the executor gives to its
+# own children so that they can be recognised and can call back.
+_NOT_SETTINGS = {f"{ENV_PREFIX}{name}" for name in ("CONFIG", "RUN_ID", "RUN_TOKEN", "INSTANCE_ID")}
+
+
+def _is_known(name: str, known: Mapping[str, Any]) -> bool:
+    return name in known or name.rpartition(".")[0] == "claude.env"
+
+
+def _unknown(name: str, origin: str, known: Mapping[str, Any]) -> str:
+    near = difflib.get_close_matches(name, known, n=1)
+    hint = f"; did you mean {near[0]!r}?" if near else ""
+    return f"unknown setting {name!r} ({origin}){hint}"
+
+
+def _nest(values: Mapping[str, Any]) -> dict[str, Any]:
+    tree: dict[str, Any] = {}
+    for name, value in values.items():
+        *parents, leaf = name.split(".")
+        node = tree
+        for parent in parents:
+            node = node.setdefault(parent, {})
+        node[leaf] = value
+    return tree
+
+
+def _explain(error: Mapping[str, Any], origin: Mapping[str, str]) -> str:
+    path = [str(part) for part in error["loc"]]
+    name = next((n for n in (".".join(path[:i]) for i in range(len(path), 0, -1)) if n in origin), ".".join(path))
+    return f"{name}: {error['msg']}, got {json.dumps(error['input'], default=str)} ({origin.get(name, 'default')})"

@@ -1,0 +1,486 @@
+"""The one place where a run begins, is recorded and ends.
+
+The order is the promise: limits are checked, then the run's row is committed, then the process starts; the result
+is committed before anyone is told. The end is written under a shield, so a run that is cancelled keeps what the
+agent had said.
+"""
+
+import logging
+import time
+import uuid
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import anyio
+from pydantic import BaseModel, ConfigDict, Field
+
+from orchestrator.agents import Agent, resolve_model
+from orchestrator.conversation import Conversation, SessionMode
+from orchestrator.errors import (
+    BackendError,
+    ConfigError,
+    OrchestratorError,
+    PromptError,
+    RunCancelledError,
+    RunInterruptedError,
+    RunTimeoutError,
+    SessionBusyError,
+    StructuredOutputError,
+)
+from orchestrator.groups import unwrapped
+from orchestrator.limits import Budget, check_depth
+from orchestrator.messages import KeepAlive, Message, StreamEvent
+from orchestrator.outcome import Outcome, RunStatus
+from orchestrator.runtime import LiveRun, Runtime
+from orchestrator.specs import build_spec
+from orchestrator.store import Run, SessionRow, now_us
+from orchestrator.tracing import SpanContext, new_run_id, new_trace_id
+
+log = logging.getLogger(__name__)
+
+# How long a stopped CLI may take to say what the turn had cost.
+WIND_DOWN_SECONDS = 0.7
+# How often the text of a running turn is put on its row: what a crash leaves behind is at most this old.
+TEXT_SECONDS = 0.25
+FOREIGN_POLL_SECONDS = 0.3
+
+
+class Task(BaseModel):
+    """What is asked of an agent. Times are seconds, money is USD; None means the configured default.
+
+    ``session`` is a session id to go on with; with ``fork`` a copy of it is gone on with and it stays as it is.
+    ``parent_id`` is the run that delegates; ``parent_span`` the exact caller inside or outside of it.
+    ``allowed_tools`` are permission rules granted on top of the agent's file (``Bash(git *)``).
+    """
+
+    model_config = ConfigDict(extra="forbid", frozen=True, arbitrary_types_allowed=True)
+
+    agent: str
+    prompt: str
+    session: str | None = None
+    fork: bool = False
+    model: str | None = None
+    cwd: Path | None = None
+    effort: str | None = None
+    permission_mode: str | None = None
+    allowed_tools: tuple[str, ...] = ()
+    output_schema: dict[str, Any] | None = None
+    timeout_s: float | None = Field(None, gt=0)
+    idle_timeout_s: float | None = Field(None, gt=0)
+    budget_usd: float | None = Field(None, ge=0)
+    max_turns: int | None = Field(None, ge=1)
+    parent_id: str | None = None
+    parent_span: SpanContext | None = None
+    step: str | None = None
+    caller: dict[str, Any] | None = None
+
+
+async def delegate(rt: Runtime, task: Task) -> Outcome:
+    """Run the task to its end. Cancelling the caller cancels the run.
+
+    A run that fails is an outcome, not an exception. Raises only what refuses the task before anything is
+    spent: AgentNotFoundError, AgentError, ConfigError, PromptError, DepthLimitError, BudgetExceededError,
+    SessionNotFoundError, SessionBusyError, StoreError.
+    """
+    run_id = await submit(rt, task)
+    live = rt.live.get(run_id)
+    try:
+        return await wait(rt, run_id)
+    except anyio.get_cancelled_exc_class():
+        with anyio.CancelScope(shield=True):
+            if live is not None:
+                live.stop(RunCancelledError("the caller was cancelled"))
+                await live.ended.wait()
+        raise
+
+
+async def submit(rt: Runtime, task: Task) -> str:
+    """Check and record the task, start it in the runtime, and return its run id at once.
+
+    Raises what ``delegate`` raises; nothing is recorded then.
+    """
+    if rt.closing:
+        raise RunCancelledError("the orchestrator is shutting down", retryable=True)
+    agent = rt.catalog.get(task.agent)
+    check_prompt(task.prompt, rt.config.limits.max_prompt_bytes)
+    live = await _prepare(rt, agent, task)
+    rt.live[live.row.id] = live
+    try:
+        await rt.store.create_run(live.row)
+        await _take_session(rt, agent, live.row)
+    except BaseException:
+        with anyio.CancelScope(shield=True):
+            await _withdraw(rt, live)
+        raise
+    rt.task_group.start_soon(_execute, rt, live, agent, task)
+    rt.emit("run.created", live.row.id, **summary(live.row))
+    return live.row.id
+
+
+async def wait(rt: Runtime, run_id: str) -> Outcome:
+    """The outcome of a run once it has ended, wherever it is being worked on. Raises RunNotFoundError."""
+    if live := rt.live.get(run_id):
+        await live.ended.wait()
+        assert live.outcome is not None
+        return live.outcome
+    while True:
+        run = await rt.store.run(run_id)
+        if run.ended:
+            return run.outcome()
+        await anyio.sleep(FOREIGN_POLL_SECONDS)
+
+
+async def cancel(rt: Runtime, run_id: str) -> Run:
+    """Ask for the run and everything below it to be cancelled; returns the run as it is now.
+
+    Works for runs of other processes too: their owner sees the request in the store. Raises RunNotFoundError.
+    """
+    run = await rt.store.run(run_id)
+    for each in reversed(await rt.store.tree(run.id)):
+        if each.ended:
+            continue
+        if live := rt.live.get(each.id):
+            live.stop(RunCancelledError("cancelled on request"))
+        else:
+            await rt.store.request_cancel(each.id)
+    return run
+
+
+def check_prompt(prompt: str, max_bytes: int) -> None:
+    """Raises PromptError for what no CLI can be given verbatim."""
+    if not prompt.strip():
+        raise PromptError("the prompt is empty")
+    if "\0" in prompt:
+        raise PromptError(f"the prompt has a NUL character at position {prompt.index(chr(0))}")
+    try:
+        size = len(prompt.encode())
+    except UnicodeEncodeError as error:
+        raise PromptError(
+            f"the prompt has half a surrogate pair at position {error.start}: it is not text"
+        ) from None
+    if size > max_bytes:
+        raise PromptError(f"the prompt has {size:,} bytes; limits.max_prompt_bytes allows {max_bytes:,}")
+
+
+# -- beginning ----------------------------------------------------------------------------------------------
+
+
+async def _prepare(rt: Runtime, agent: Agent, task: Task) -> LiveRun:
+    parent = await rt.store.run(task.parent_id) if task.parent_id else None
+    live_parent = rt.live.get(parent.id) if parent else None
+    depth = parent.depth + 1 if parent else 1
+    check_depth(depth, rt.config.limits.max_depth)
+    budget = Budget(_limit(rt, task, parent), parent=live_parent.budget if live_parent else None)
+    budget.check()
+    source = await rt.store.session(task.session) if task.session else None
+    mode = session_mode(task)
+    if mode == "fork" and source is not None and source.locked_by:
+        raise SessionBusyError(
+            f"session {source.id} is in use by run {source.locked_by}; it can be forked when that run has ended"
+        )
+    model, _ = resolve_model(
+        task.model, (await rt.store.preferences()).get(agent.id), agent, rt.config.agents.default_model
+    )
+    run_id = new_run_id()
+    row = Run(
+        id=run_id,
+        trace_id=_trace_id(task, parent),
+        parent_id=parent.id if parent else None,
+        parent_span_id=task.parent_span.span_id if task.parent_span else None,
+        root_id=parent.root_id if parent else run_id,
+        depth=depth,
+        kind="agent",
+        name=agent.id,
+        step=task.step,
+        prompt=task.prompt,
+        agent=agent.model_dump(mode="json"),
+        options=task.model_dump(
+            mode="json", exclude={"agent", "prompt", "parent_span", "caller", "parent_id"}, exclude_defaults=True
+        ),
+        model_requested=model,
+        cwd=str(_cwd(rt, task, parent, source)),
+        session_id=task.session if mode == "continue" else str(uuid.uuid4()),
+        session_mode=mode,
+        source_session_id=task.session if mode == "fork" else None,
+        caller=task.caller,
+        budget_usd=budget.limit,
+        created_us=now_us(),
+        instance_id=rt.store.instance_id,
+    )
+    return LiveRun(row, budget, touched=time.monotonic(), parent=live_parent)
+
+
+def session_mode(task: Task) -> SessionMode:
+    """Raises ConfigError for a fork of nothing."""
+    if task.session is None:
+        if task.fork:
+            raise ConfigError("fork needs the id of the session to fork", advice="Name the session in `session`.")
+        return "fresh"
+    return "fork" if task.fork else "continue"
+
+
+def _limit(rt: Runtime, task: Task, parent: Run | None) -> float | None:
+    # The configured default is for runs nobody delegated; children share what their parent has left.
+    if task.budget_usd is not None or parent is not None:
+        return task.budget_usd
+    return rt.config.limits.budget_usd
+
+
+def _trace_id(task: Task, parent: Run | None) -> str:
+    if parent is not None:
+        return parent.trace_id
+    return task.parent_span.trace_id if task.parent_span else new_trace_id()
+
+
+def _cwd(rt: Runtime, task: Task, parent: Run | None, source: SessionRow | None) -> Path:
+    if task.cwd is not None:
+        base = Path(parent.cwd) if parent else rt.config.project_dir
+        return (base / task.cwd).resolve()
+    if source is not None:
+        return Path(source.cwd)
+    return Path(parent.cwd) if parent else rt.config.project_dir
+
+
+async def _take_session(rt: Runtime, agent: Agent, row: Run) -> None:
+    assert row.session_id is not None
+    if row.session_mode == "continue":
+        await rt.store.hold_session(row.session_id, row.id)
+        return
+    now = now_us()
+    await rt.store.begin_session(
+        SessionRow(
+            id=row.session_id,
+            backend="claude",
+            agent=agent.id,
+            cwd=row.cwd,
+            home=str(rt.home),
+            parent_id=row.source_session_id,
+            locked_by=row.id,
+            created_us=now,
+            updated_us=now,
+        )
+    )
+
+
+async def _withdraw(rt: Runtime, live: LiveRun) -> None:
+    """A run that was refused after its row was written never began: it leaves no row."""
+    rt.live.pop(live.row.id, None)
+    await rt.store.delete_run(live.row.id)
+
+
+# -- working ------------------------------------------------------------------------------------------------
+
+
+async def _execute(rt: Runtime, live: LiveRun, agent: Agent, task: Task) -> None:
+    """The whole life of a run in a task of its own. Whatever happens, its end is written."""
+    error: OrchestratorError | None = RunInterruptedError("the run was torn down")
+    try:
+        with live.scope:
+            async with rt.slot(live.row.depth):
+                await _begin(rt, live)
+                await _converse(rt, live, agent, task)
+        # An answer that was in before the stop took effect stands.
+        error = live.verdict if live.answered else live.stop_error
+    except OrchestratorError as problem:
+        error = live.stop_error or problem
+    except Exception as problem:
+        log.exception("run %s: a defect of the orchestrator", live.row.id)
+        error = OrchestratorError(f"internal error: {type(problem).__name__}: {problem}")
+    finally:
+        with anyio.CancelScope(shield=True):
+            await _end(rt, live, error)
+
+
+async def _begin(rt: Runtime, live: LiveRun) -> None:
+    live.row.status = "running"
+    live.row.started_us = now_us()
+    live.touch(time.monotonic())
+    await rt.store.update_run(live.row.id, status="running", started_us=live.row.started_us)
+    rt.emit("run.started", live.row.id, **summary(live.row))
+
+
+async def _converse(rt: Runtime, live: LiveRun, agent: Agent, task: Task) -> None:
+    """One turn with the CLI; sets the verdict on ``live``."""
+    limits = rt.config.limits
+    wall, idle = task.timeout_s or limits.timeout_s, task.idle_timeout_s or limits.idle_timeout_s
+    spec = await build_spec(rt, live, agent, task)
+    async with rt.connect(spec) as conversation:
+        try:
+            with unwrapped():
+                async with anyio.create_task_group() as tg:
+                    tg.start_soon(_watch_time, live, wall, idle)
+                    tg.start_soon(conversation.send, _first_words(agent, live.row, task))
+                    await _listen(rt, live, conversation)
+                    tg.cancel_scope.cancel()
+        except BaseException:
+            with anyio.CancelScope(shield=True), anyio.move_on_after(WIND_DOWN_SECONDS):
+                await _wind_down(rt, live, conversation)
+            raise
+        live.verdict = verdict(rt, live, task.output_schema is not None)
+        live.answered = True
+
+
+def _first_words(agent: Agent, row: Run, task: Task) -> str:
+    if row.session_mode == "fresh" and agent.initial_prompt:
+        return f"{agent.initial_prompt}\n\n{task.prompt}"
+    return task.prompt
+
+
+async def _listen(rt: Runtime, live: LiveRun, conversation: Conversation) -> None:
+    """Take in messages up to the result, each recorded before it is acted upon."""
+    written = time.monotonic()
+    while live.progress.result is None:
+        await take(rt, live, await conversation.receive())
+        if live.progress.unreadable is not None:
+            raise BackendError(f"the CLI's result could not be read: {live.progress.unreadable}")
+        if live.progress.result is None:
+            if (fatal := rt.dialect.fatal(live.progress.last_retry)) is not None:
+                raise fatal
+            live.budget.check()
+        if time.monotonic() - written > TEXT_SECONDS:
+            written = time.monotonic()
+            await rt.store.note_progress(live.row.id, text=live.progress.text)
+
+
+async def take(rt: Runtime, live: LiveRun, message: Message) -> None:
+    """Record one message and update what is known of the run: its figures, its budget, its watchers."""
+    live.touch(time.monotonic())
+    before, activity, known = live.progress.cost_usd or 0.0, live.progress.activity, live.progress.initialised
+    live.progress.feed(message)
+    live.budget.charge((live.progress.cost_usd or 0.0) - before)
+    if not isinstance(message, StreamEvent | KeepAlive):
+        # Deltas are not kept one by one: the assistant message that follows says the same in one row.
+        raw = message.raw()
+        live.messages += 1
+        await rt.store.add_message(live.row.id, live.messages, raw.get("type", "?"), raw.get("subtype"), raw)
+    if live.progress.initialised and not known:
+        assert live.row.session_id is not None
+        await rt.store.count_turn(live.row.session_id, live.row.id)
+    if live.progress.activity != activity:
+        rt.emit("run.activity", live.row.id, **figures(live))
+
+
+async def _wind_down(rt: Runtime, live: LiveRun, conversation: Conversation) -> None:
+    """Interrupt the turn and keep what the CLI still says: the cut text and what the turn cost."""
+    await conversation.interrupt()
+    while live.progress.result is None:
+        try:
+            await take(rt, live, await conversation.receive())
+        except OrchestratorError:
+            return
+
+
+async def _watch_time(live: LiveRun, wall: float, idle: float) -> None:
+    """Stop the run when it takes too long, or when nothing has been heard of it and its children for too long."""
+    deadline = time.monotonic() + wall
+    while True:
+        now = time.monotonic()
+        if now >= deadline:
+            live.stop(RunTimeoutError(f"the run took longer than {wall:g} s", details={"kind": "wall"}))
+        elif now >= live.touched + idle:
+            live.stop(RunTimeoutError(f"nothing was heard of the run for {idle:g} s", details={"kind": "idle"}))
+        await anyio.sleep(max(0.01, min(deadline, live.touched + idle) - now))
+
+
+def verdict(rt: Runtime, live: LiveRun, schema_asked: bool) -> OrchestratorError | None:
+    """Whether the turn is an answer. A schema asked for and no structured output is an error, whatever was said."""
+    progress = live.progress
+    assert progress.result is not None
+    error = rt.dialect.error_of(progress.result, progress.last_retry, progress.assistant_error)
+    if error is None and schema_asked and not progress.result.has_structured_output:
+        return StructuredOutputError("the agent answered in text where structured output was asked for")
+    return error
+
+
+# -- ending -------------------------------------------------------------------------------------------------
+
+_STATUS: Mapping[type[OrchestratorError], RunStatus] = {
+    RunCancelledError: "cancelled",
+    RunTimeoutError: "timed_out",
+    RunInterruptedError: "interrupted",
+}
+
+
+async def _end(rt: Runtime, live: LiveRun, error: OrchestratorError | None) -> None:
+    """Write the end, then tell."""
+    row, progress, result = live.row, live.progress, live.progress.result
+    row.status = "succeeded" if error is None else _STATUS.get(type(error), "failed")
+    row.error = error.to_dict() if error else None
+    row.text = progress.text
+    if error is None and result is not None:
+        row.text = result.result or progress.text
+        row.structured = result.structured_output
+    row.model_used = progress.model
+    usage = progress.usage
+    row.input_tokens, row.output_tokens = usage.input_tokens, usage.output_tokens
+    row.cache_read_tokens, row.cache_write_tokens = usage.cache_read_tokens, usage.cache_write_tokens
+    row.cost_usd, row.cost_basis = cost_of(live)
+    row.num_turns = progress.num_turns
+    await conclude(rt, live)
+
+
+async def conclude(rt: Runtime, live: LiveRun) -> None:
+    """Commit the end that is on the row, then tell everyone who waits or watches. Call it under a shield."""
+    row = live.row
+    row.ended_us = now_us()
+    rt.tokens.revoke(row.id)
+    try:
+        await rt.store.finish_run(row)
+        if row.session_mode in ("fresh", "fork") and not live.progress.initialised:
+            assert row.session_id is not None
+            await rt.store.forget_session(row.session_id)
+    except OrchestratorError:
+        # The disk is full or gone. Whoever waits must still be told; the next start marks the run interrupted.
+        log.exception("run %s: its end could not be stored", row.id)
+    finally:
+        live.outcome = row.outcome()
+        rt.live.pop(row.id, None)
+        live.ended.set()
+    if row.status in ("cancelled", "timed_out"):
+        # Nobody is left to take what it delegated, and nobody said it may go on spending.
+        for child in [run for run in rt.live.values() if run.parent is live]:
+            child.stop(RunCancelledError(f"run {row.id}, which delegated this one, ended as {row.status}"))
+    rt.exporter.export(row)
+    rt.emit("run.ended", row.id, **summary(row))
+    log.info("run %s %s: %s in %s ms", row.id, row.status, row.name, row.duration_ms, extra={"run_id": row.id})
+
+
+def cost_of(live: LiveRun) -> tuple[float | None, Any]:
+    """What the run cost and how that is known. Part of it without a known price makes the whole unknown."""
+    progress = live.progress
+    if progress.cost_usd is None or (progress.estimated and progress.unpriced):
+        if not live.progress.initialised:
+            return 0.0, None  # no request was made
+        return None, None
+    return progress.cost_usd, "estimate" if progress.estimated else "cli"
+
+
+def summary(row: Run) -> dict[str, Any]:
+    """The facts of a run an event carries."""
+    return {
+        "status": row.status,
+        "kind": row.kind,
+        "name": row.name,
+        "step": row.step,
+        "parent_id": row.parent_id,
+        "root_id": row.root_id,
+        "model": row.model_used or row.model_requested,
+        "depth": row.depth,
+        "tokens": row.usage.total_tokens,
+        "cost_usd": row.cost_usd,
+        "duration_ms": row.duration_ms,
+        "error": row.error,
+    }
+
+
+def figures(live: LiveRun) -> dict[str, Any]:
+    """The state of a running turn an event carries."""
+    progress = live.progress
+    return {
+        "activity": progress.activity,
+        "model": progress.model or live.row.model_requested,
+        "tokens": progress.usage.total_tokens,
+        "cost_usd": progress.cost_usd,
+        "text_chars": len(progress.text),
+    }

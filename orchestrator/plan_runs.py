@@ -1,0 +1,174 @@
+"""Plans as runs: binds the plan engine to ``delegate`` and to the journal.
+
+A plan is a run of its own, at depth 0; each step is a run below it, recorded under the plan's id and the step's
+job id, so that asking for the same step again attaches to the run that exists instead of buying it twice.
+"""
+
+import logging
+import time
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import anyio
+
+from orchestrator.delegate import Task, conclude, delegate, summary, wait
+from orchestrator.errors import OrchestratorError, RunCancelledError, RunInterruptedError
+from orchestrator.limits import Budget
+from orchestrator.outcome import Outcome
+from orchestrator.plans import Plan, PlanState, StepChange, StepJob, drive
+from orchestrator.runtime import LiveRun, Runtime
+from orchestrator.store import Run, now_us
+from orchestrator.tracing import SpanContext, new_run_id, new_trace_id
+
+log = logging.getLogger(__name__)
+
+
+async def run_plan(
+    rt: Runtime,
+    plan: Plan,
+    inputs: Mapping[str, Any],
+    *,
+    base: Path | None = None,
+    parent_span: SpanContext | None = None,
+    caller: dict[str, Any] | None = None,
+) -> Outcome:
+    """Run the plan to its end. Cancelling the caller cancels it and its steps. Raises what ``submit_plan`` does."""
+    run_id = await submit_plan(rt, plan, inputs, base=base, parent_span=parent_span, caller=caller)
+    live = rt.live.get(run_id)
+    try:
+        return await wait(rt, run_id)
+    except anyio.get_cancelled_exc_class():
+        with anyio.CancelScope(shield=True):
+            if live is not None:
+                live.stop(RunCancelledError("the caller was cancelled"))
+                await live.ended.wait()
+        raise
+
+
+async def submit_plan(
+    rt: Runtime,
+    plan: Plan,
+    inputs: Mapping[str, Any],
+    *,
+    base: Path | None = None,
+    parent_span: SpanContext | None = None,
+    caller: dict[str, Any] | None = None,
+) -> str:
+    """Record the plan, start it in the runtime, and return its run id.
+
+    ``base`` is the directory that relative paths in inputs and in steps' ``cwd`` start from (default: the
+    project directory). Raises PlanError for wrong inputs, StoreError.
+    """
+    if rt.closing:
+        raise RunCancelledError("the orchestrator is shutting down", retryable=True)
+    base = (base or rt.config.project_dir).resolve()
+    bound = plan.bind(inputs, base=base)
+    run_id = new_run_id()
+    budget = Budget(plan.limits.budget_usd if plan.limits.budget_usd is not None else rt.config.limits.budget_usd)
+    row = Run(
+        id=run_id,
+        trace_id=parent_span.trace_id if parent_span else new_trace_id(),
+        parent_span_id=parent_span.span_id if parent_span else None,
+        root_id=run_id,
+        depth=0,
+        kind="plan",
+        name=plan.name,
+        options={"inputs": bound, "plan": str(plan.path), "digest": plan.digest},
+        source=plan.source,
+        cwd=str(base),
+        caller=caller,
+        budget_usd=budget.limit,
+        created_us=now_us(),
+        instance_id=rt.store.instance_id,
+    )
+    live = LiveRun(row, budget, touched=time.monotonic())
+    rt.live[run_id] = live
+    try:
+        await rt.store.create_run(row)
+    except BaseException:
+        rt.live.pop(run_id, None)
+        raise
+    rt.task_group.start_soon(_execute, rt, live, PlanState(plan, bound, run_id))
+    rt.emit("run.created", run_id, **summary(row))
+    return run_id
+
+
+async def _execute(rt: Runtime, live: LiveRun, state: PlanState) -> None:
+    error: OrchestratorError | None = RunInterruptedError("the run was torn down")
+    row = live.row
+    try:
+        with live.scope:
+            row.status, row.started_us = "running", now_us()
+            await rt.store.update_run(row.id, status="running", started_us=row.started_us)
+            rt.emit("run.started", row.id, **summary(row))
+            await drive(state, _step_runner(rt, live), on_change=lambda change: _tell(rt, row.id, change))
+        error = live.stop_error if live.scope.cancelled_caught else None
+    except OrchestratorError as problem:
+        error = live.stop_error or problem
+    except Exception as problem:
+        log.exception("plan %s: a defect of the orchestrator", row.id)
+        error = OrchestratorError(f"internal error: {type(problem).__name__}: {problem}")
+    finally:
+        with anyio.CancelScope(shield=True):
+            await _end(rt, live, state, error)
+
+
+def _step_runner(rt: Runtime, live: LiveRun) -> Any:
+    async def run_step(job_id: str, job: StepJob) -> Outcome:
+        known = await rt.store.runs(parent_id=live.row.id, step=job_id, limit=1)
+        if known:
+            return await wait(rt, known[0].id)
+        return await delegate(rt, step_task(job, live.row))
+
+    return run_step
+
+
+def step_task(job: StepJob, plan: Run) -> Task:
+    """The task of a plan's step."""
+    return Task(
+        agent=job.agent,
+        prompt=job.prompt,
+        session=job.session_id,
+        fork=job.session_mode == "fork",
+        model=job.model,
+        cwd=Path(job.cwd) if job.cwd else None,
+        effort=job.effort,
+        permission_mode=job.permission_mode,
+        output_schema=dict(job.output_schema) if job.output_schema is not None else None,
+        timeout_s=job.timeout,
+        idle_timeout_s=job.idle_timeout,
+        budget_usd=job.budget_usd,
+        max_turns=job.max_turns,
+        parent_id=plan.id,
+        step=job.job_id,
+    )
+
+
+def _tell(rt: Runtime, run_id: str, change: StepChange) -> None:
+    rt.emit(
+        "plan.step", run_id, id=change.id, step=change.step_id, status=change.status,
+        error=dict(change.error) if change.error else None,
+    )  # fmt: skip
+
+
+async def _end(rt: Runtime, live: LiveRun, state: PlanState, error: OrchestratorError | None) -> None:
+    row, outcome = live.row, state.outcome()
+    row.status = outcome.status if error is None else live_status(error)
+    row.error = error.to_dict() if error else outcome.error
+    row.text, row.structured = outcome.text, outcome.structured
+    row.cost_usd, row.cost_basis = await _cost(rt, row.id)
+    await conclude(rt, live)
+
+
+def live_status(error: OrchestratorError) -> Any:
+    return "cancelled" if isinstance(error, RunCancelledError) else "failed"
+
+
+async def _cost(rt: Runtime, run_id: str) -> tuple[float | None, Any]:
+    """The sum over all runs below; unknown if one of them is."""
+    costs = [(run.cost_usd, run.cost_basis) for run in await rt.store.tree(run_id) if run.kind == "agent"]
+    known = [cost for cost, _ in costs if cost is not None]
+    if len(known) != len(costs):
+        return None, None
+    return sum(known), "estimate" if any(basis == "estimate" for _, basis in costs) else "cli"

@@ -1,0 +1,256 @@
+"""A conversation over a child process, and the end of everything it started.
+
+Each rule here was paid for: the prompt goes by stdin, never by argv; stderr is drained all the time or the child
+blocks; TERM comes before KILL because only TERM lets the CLI end the shells it started; what survives is found by
+the process tree as it was and by the run's id in the environment of every process, because each shell command of
+the CLI is a session of its own that no process group reaches.
+"""
+
+import errno
+import logging
+import shutil
+import signal
+import subprocess
+import sys
+import uuid
+from collections import deque
+from collections.abc import AsyncIterator, Mapping
+from contextlib import asynccontextmanager, suppress
+from dataclasses import dataclass
+from pathlib import Path
+
+import anyio
+import psutil
+from anyio.abc import Process
+
+from orchestrator.conversation import Dialect, Spec
+from orchestrator.errors import CLIExitError, CLINotFoundError, CLIStartError
+from orchestrator.framing import MessageDecoder
+from orchestrator.groups import unwrapped
+from orchestrator.messages import Message
+
+log = logging.getLogger(__name__)
+
+RUN_ID_ENV = "ORCHESTRATOR_RUN_ID"
+READ_BYTES = 1 << 16
+STDERR_TAIL_BYTES = 16 * 1024
+
+
+@dataclass(frozen=True, slots=True)
+class StopTimes:
+    """Seconds to wait at each step of ending a process."""
+
+    after_eof: float = 3.0
+    after_term: float = 1.5
+    after_kill: float = 1.0
+
+
+class ProcessConversation:
+    """One CLI process that holds one session."""
+
+    def __init__(self, process: Process, dialect: Dialect, decoder: MessageDecoder) -> None:
+        assert process.stdin is not None
+        assert process.stdout is not None
+        self._process = process
+        self._stdin = process.stdin
+        self._stdout = process.stdout
+        self._dialect = dialect
+        self._decoder = decoder
+        self._pending: deque[Message] = deque()
+        self._stderr = bytearray()
+        self._writing = anyio.Lock()
+
+    def __repr__(self) -> str:
+        return f"<ProcessConversation pid={self._process.pid} exit={self._process.returncode}>"
+
+    @property
+    def pid(self) -> int:
+        return self._process.pid
+
+    @property
+    def stderr_tail(self) -> str:
+        return bytes(self._stderr).decode("utf-8", "replace").strip()
+
+    @property
+    def skipped_lines(self) -> int:
+        """Lines of output that were not JSON and were passed over."""
+        return self._decoder.skipped_lines
+
+    async def send(self, prompt: str) -> None:
+        await self._write(self._dialect.encode_prompt(prompt, str(uuid.uuid4())))
+
+    async def interrupt(self) -> None:
+        await self._write(self._dialect.encode_control(uuid.uuid4().hex, {"subtype": "interrupt"}))
+
+    async def receive(self) -> Message:
+        while not self._pending:
+            try:
+                chunk = await self._stdout.receive(READ_BYTES)
+            except (anyio.EndOfStream, anyio.ClosedResourceError, anyio.BrokenResourceError):
+                self._pending.extend(self._decoder.close())
+                if not self._pending:
+                    raise await self._exit_error() from None
+            else:
+                self._pending.extend(self._decoder.feed(chunk))
+        message = self._pending[0]
+        answer = self._dialect.answer_control(message)
+        if answer is not None:
+            # Every question is answered, or the turn hangs for ever.
+            await self._write(answer)
+        return self._pending.popleft()
+
+    async def _write(self, line: bytes) -> None:
+        async with self._writing:
+            # A CLI that has ended is noticed where its output is read, with its exit code and stderr.
+            with suppress(anyio.BrokenResourceError, anyio.ClosedResourceError):
+                await self._stdin.send(line)
+
+    async def _exit_error(self) -> CLIExitError:
+        with anyio.move_on_after(2):
+            await self._process.wait()
+        code = self._process.returncode
+        tail = self.stderr_tail
+        said = f": {tail[-500:]}" if tail else ""
+        return CLIExitError(
+            f"the CLI ended (exit code {code}) before it gave a result{said}",
+            details={"exit_code": code, "stderr": tail[-2000:], "skipped_lines": self.skipped_lines},
+        )
+
+    async def drain_stderr(self) -> None:
+        assert self._process.stderr is not None
+        with suppress(anyio.BrokenResourceError, anyio.ClosedResourceError):
+            async for chunk in self._process.stderr:
+                self._stderr += chunk
+                del self._stderr[:-STDERR_TAIL_BYTES]
+
+    async def close_output_after_exit(self) -> None:
+        """What outlives the CLI may hold its stdout open: read what is left, then close the pipe."""
+        await self._process.wait()
+        await anyio.sleep(1)
+        await self._stdout.aclose()
+
+
+@asynccontextmanager
+async def connect_process(
+    spec: Spec,
+    *,
+    binary: Path,
+    dialect: Dialect,
+    max_line_bytes: int,
+    times: StopTimes | None = None,
+) -> AsyncIterator[ProcessConversation]:
+    """Start the CLI for ``spec``; leaving the context ends it and every process it started.
+
+    Raises CLINotFoundError or CLIStartError when it cannot be started.
+    """
+    process = await _start(spec, binary, dialect)
+    conversation = ProcessConversation(process, dialect, MessageDecoder(max_line_bytes=max_line_bytes))
+    log.debug("started pid %d: %s", process.pid, binary)
+    ended_well = False
+    try:
+        with unwrapped():
+            async with anyio.create_task_group() as tg:
+                tg.start_soon(conversation.drain_stderr)
+                tg.start_soon(conversation.close_output_after_exit)
+                try:
+                    yield conversation
+                    ended_well = True
+                finally:
+                    with anyio.CancelScope(shield=True):
+                        await stop(process, spec.env, times or StopTimes(), gently=ended_well)
+                    tg.cancel_scope.cancel()
+    finally:
+        with anyio.CancelScope(shield=True):
+            await process.aclose()
+
+
+async def _start(spec: Spec, binary: Path, dialect: Dialect) -> Process:
+    if not spec.cwd.is_dir():
+        raise CLIStartError(
+            f"the working directory {spec.cwd} does not exist", advice="Name a directory that exists."
+        )
+    try:
+        return await anyio.open_process(
+            [*_death_signal_prefix(), str(binary), *dialect.argv(spec)],
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            cwd=spec.cwd,
+            env=dict(spec.env),
+            start_new_session=True,
+        )
+    except (FileNotFoundError, PermissionError) as error:
+        raise CLINotFoundError(f"cannot run {binary}: {error.strerror}") from error
+    except OSError as error:
+        if error.errno == errno.E2BIG:
+            raise CLIStartError(
+                "the agent's system prompt or settings are too large for a command line (128 KiB each)",
+                scope="agent",
+                advice="Shorten the agent file; long material belongs in files the agent can read.",
+            ) from error
+        raise CLIStartError(f"cannot start {binary}: {error}") from error
+
+
+def _death_signal_prefix() -> list[str]:
+    """On Linux, have the kernel send TERM to the CLI if this process dies, even by SIGKILL."""
+    setpriv = shutil.which("setpriv") if sys.platform == "linux" else None
+    return [setpriv, "--pdeathsig", "TERM", "--"] if setpriv else []
+
+
+async def stop(process: Process, env: Mapping[str, str], times: StopTimes, *, gently: bool) -> None:
+    """End a process and all it started: end of input, TERM, KILL; each only if the one before did not do.
+
+    ``gently`` leaves out nothing but starts with the end of input, after which an idle CLI saves its totals and
+    exits by itself. Returns when nothing of it is left.
+    """
+    family = _descendants(process.pid)
+    if gently and process.stdin is not None:
+        with suppress(anyio.BrokenResourceError, anyio.ClosedResourceError):
+            await process.stdin.aclose()
+        with anyio.move_on_after(times.after_eof):
+            await process.wait()
+    if process.returncode is None:
+        family |= _descendants(process.pid)
+        with suppress(ProcessLookupError):
+            process.send_signal(signal.SIGTERM)
+        with anyio.move_on_after(times.after_term):
+            await process.wait()
+    if process.returncode is None:
+        family |= _descendants(process.pid)
+        with suppress(ProcessLookupError):
+            process.kill()
+    await anyio.to_thread.run_sync(kill_all, family)
+    if run_id := env.get(RUN_ID_ENV):
+        await anyio.to_thread.run_sync(sweep, {run_id})
+    with anyio.move_on_after(times.after_kill):
+        await process.wait()
+
+
+def _descendants(pid: int) -> set[psutil.Process]:
+    try:
+        return set(psutil.Process(pid).children(recursive=True))
+    except psutil.Error:
+        return set()
+
+
+def kill_all(processes: set[psutil.Process]) -> None:
+    """SIGKILL those that are still the processes they were (a pid may have been given to another)."""
+    for process in processes:
+        with suppress(psutil.Error):
+            process.kill()
+
+
+def sweep(run_ids: set[str]) -> int:
+    """Kill every process that carries one of the run ids in its environment; returns how many there were.
+
+    Finds what left its process group and its session. Processes of other users cannot be read and are skipped.
+    """
+    found: set[psutil.Process] = set()
+    for process in psutil.process_iter():
+        try:
+            if process.environ().get(RUN_ID_ENV) in run_ids:
+                found.add(process)
+        except (psutil.Error, OSError):
+            continue
+    kill_all(found)
+    return len(found)

@@ -1,0 +1,105 @@
+"""From an agent's file, a task and the settings to what is fixed when the agent's process starts."""
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from orchestrator.agents import Agent
+from orchestrator.backends.claude import environment
+from orchestrator.config import ClaudeConfig
+from orchestrator.conversation import McpEndpoint, SessionMode, Spec
+from orchestrator.errors import AgentError
+from orchestrator.process import RUN_ID_ENV
+from orchestrator.telemetry import cli_environment
+from orchestrator.tracing import SpanContext
+
+if TYPE_CHECKING:
+    from orchestrator.delegate import Task
+    from orchestrator.runtime import LiveRun, Runtime
+
+TOKEN_ENV = "ORCHESTRATOR_RUN_TOKEN"  # noqa: S105  # the variable's name, not a token
+MCP_NAME = "orchestrator"
+
+# The CLI's own ways to start agents: outside our depth, budget and record, so only on the file's explicit word.
+SUBAGENT_TOOLS = ("Agent", "Task", "Workflow")
+
+
+async def build_spec(rt: "Runtime", live: "LiveRun", agent: Agent, task: "Task") -> Spec:
+    """The process specification of a run. Raises AgentError for a permission the operator has not allowed."""
+    row = live.row
+    assert row.session_id is not None
+    url = await rt.endpoint() if agent.may_delegate() else None
+    tools, rules = split_tools(agent.tools)
+    mode: SessionMode = row.session_mode  # type: ignore[assignment]  # written by session_mode(), read from our own row
+    return Spec(
+        cwd=Path(row.cwd),
+        env=_environ(rt, live, url),
+        session_id=row.session_id,
+        session_mode=mode,
+        source_session_id=row.source_session_id,
+        model=row.model_requested,
+        system_prompt=agent.system_prompt or None,
+        tools=tools,
+        allowed_tools=(*rules, *task.allowed_tools, *([f"mcp__{MCP_NAME}"] if url else [])),
+        disallowed_tools=(*agent.disallowed_tools, *(() if agent.may_use_subagents() else SUBAGENT_TOOLS)),
+        permission_mode=_permission_mode(rt, agent, task),
+        effort=task.effort or agent.effort,
+        max_turns=task.max_turns or agent.max_turns or rt.config.limits.max_turns,
+        budget_usd=live.budget.remaining,
+        output_schema=task.output_schema,
+        mcp=(McpEndpoint(MCP_NAME, url, TOKEN_ENV),) if url else (),
+        mcp_servers=agent.mcp_servers,
+        setting_sources=rt.config.claude.setting_sources,
+    )
+
+
+def split_tools(tools: tuple[str, ...] | None) -> tuple[tuple[str, ...] | None, tuple[str, ...]]:
+    """A file's tools → (built-in tools to offer, permission rules to grant).
+
+    ``Bash(git *)`` offers Bash and grants just that; a plain ``Bash`` offers it and grants nothing beyond the
+    permission mode. Tools of MCP servers are not built in: they are granted, their server offers them.
+    """
+    if tools is None:
+        return None, ()
+    offered = tuple(dict.fromkeys(tool.split("(")[0].strip() for tool in tools if not tool.startswith("mcp__")))
+    rules = tuple(tool for tool in tools if tool.startswith("mcp__") or "(" in tool)
+    return offered, tuple(rule for rule in rules if not rule.startswith(f"mcp__{MCP_NAME}"))
+
+
+def _permission_mode(rt: "Runtime", agent: Agent, task: "Task") -> str | None:
+    mode = task.permission_mode or agent.permission_mode
+    if mode == "bypassPermissions" and not rt.config.claude.allow_bypass_permissions:
+        raise AgentError(
+            f"agent {agent.name!r} asks for bypassPermissions, which the operator has not allowed",
+            advice="Set claude.allow_bypass_permissions in orchestrator.yaml, in a sandbox only.",
+        )
+    return mode
+
+
+def _environ(rt: "Runtime", live: "LiveRun", url: str | None) -> dict[str, str]:
+    row, claude = live.row, rt.config.claude
+    span = SpanContext(row.trace_id, row.id)
+    extra: dict[str, str] = {
+        **_patience(claude),
+        **cli_environment(rt.config, rt.environ, span, row.name),
+        RUN_ID_ENV: row.id,
+    }
+    if claude.base_url:
+        extra["ANTHROPIC_BASE_URL"] = claude.base_url
+    if url:
+        extra[TOKEN_ENV] = rt.tokens.issue(row.id)
+    return environment(rt.environ, home=rt.home, pass_env=claude.pass_env, extra={**extra, **claude.env})
+
+
+def _patience(claude: ClaudeConfig) -> dict[str, str]:
+    """The CLI's own retries and time-outs; by default it hides a failing provider for three minutes."""
+
+    def ms(seconds: float) -> str:
+        return str(int(seconds * 1000))
+
+    values: dict[str, Any] = {
+        "CLAUDE_CODE_MAX_RETRIES": claude.max_retries,
+        "API_TIMEOUT_MS": ms(claude.request_timeout_s),
+        "CLAUDE_BYTE_STREAM_IDLE_TIMEOUT_MS": ms(claude.stream_idle_timeout_s),
+        "CLAUDE_CODE_DISABLE_BACKGROUND_TASKS": "1",
+    }
+    return {name: str(value) for name, value in values.items()}

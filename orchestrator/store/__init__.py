@@ -1,0 +1,327 @@
+"""The record: runs, their messages, sessions and agent preferences. The journal is the truth; spans are a copy."""
+
+import secrets
+import socket
+import time
+from collections.abc import AsyncIterator, Collection
+from contextlib import asynccontextmanager
+from pathlib import Path
+from typing import Any, Literal
+
+import psutil
+
+from orchestrator.errors import RunInterruptedError, RunNotFoundError, SessionBusyError, SessionNotFoundError
+from orchestrator.outcome import ENDED
+from orchestrator.store.database import Database, Statement, StoreError, open_sqlite
+from orchestrator.store.rows import Run, SessionRow, StoredMessage, to_json
+
+__all__ = ["ENDED", "Run", "SessionRow", "Store", "StoreError", "StoredMessage", "now_us", "open_store"]
+
+InstanceKind = Literal["serve", "run", "library"]
+
+
+def now_us() -> int:
+    """Microseconds since 1970 UTC."""
+    return time.time_ns() // 1000
+
+
+@asynccontextmanager
+async def open_store(path: Path, *, kind: InstanceKind = "library") -> AsyncIterator["Store"]:
+    """Open the store at ``path`` and register this process as an instance that may own runs.
+
+    Raises StoreError when the file cannot be used.
+    """
+    async with open_sqlite(path) as database:
+        store = Store(database, secrets.token_hex(8))
+        await store.register_instance(kind)
+        try:
+            yield store
+        finally:
+            await store.retire_instance()
+
+
+class Store:
+    """Typed methods over a Database. Everything that changes state returns after it is committed."""
+
+    def __init__(self, database: Database, instance_id: str) -> None:
+        self._db = database
+        self.instance_id = instance_id
+
+    # -- instances: who works on which run ---------------------------------------------------------------
+
+    async def register_instance(self, kind: InstanceKind) -> None:
+        me = psutil.Process()
+        await self._db.write(
+            (
+                "INSERT INTO instances (id, kind, host, pid, pid_created, started_us)"
+                " VALUES (:id, :kind, :host, :pid, :created, :now)",
+                {
+                    "id": self.instance_id,
+                    "kind": kind,
+                    "host": socket.gethostname(),
+                    "pid": me.pid,
+                    "created": me.create_time(),
+                    "now": now_us(),
+                },
+            )
+        )
+
+    async def retire_instance(self) -> None:
+        sql = "UPDATE instances SET ended_us = :now WHERE id = :id"
+        await self._db.write_soon((sql, {"now": now_us(), "id": self.instance_id}))
+
+    async def interrupt_abandoned(self) -> list[Run]:
+        """Mark the unfinished runs of instances that are gone as ``interrupted``, and free their sessions.
+
+        What the agent had said stays as the run's text. Returns those runs.
+        """
+        rows = await self._db.all(
+            "SELECT DISTINCT i.* FROM instances i JOIN runs r ON r.instance_id = i.id"
+            " WHERE r.ended_us IS NULL AND i.host = :host",
+            {"host": socket.gethostname()},
+        )
+        abandoned: list[Run] = []
+        for instance in rows:
+            if instance["ended_us"] is None and _is_alive(instance["pid"], instance["pid_created"]):
+                continue
+            abandoned += await self._interrupt_runs_of(instance["id"])
+        return abandoned
+
+    async def _interrupt_runs_of(self, instance_id: str) -> list[Run]:
+        where = "instance_id = :instance AND ended_us IS NULL"
+        rows = await self._db.all(f"SELECT * FROM runs WHERE {where}", {"instance": instance_id})
+        error = RunInterruptedError("the process that worked on this run ended without finishing it")
+        params = {"instance": instance_id, "now": now_us(), "error": to_json(error.to_dict())}
+        await self._db.write(
+            (
+                f"UPDATE sessions SET locked_by = NULL WHERE locked_by IN (SELECT id FROM runs WHERE {where})",
+                params,
+            ),
+            (f"UPDATE runs SET status = 'interrupted', ended_us = :now, error = :error WHERE {where}", params),
+            ("UPDATE instances SET ended_us = coalesce(ended_us, :now) WHERE id = :instance", params),
+        )
+        return [Run.model_validate(row) for row in rows]
+
+    # -- runs ---------------------------------------------------------------------------------------------
+
+    async def create_run(self, run: Run) -> None:
+        columns = run.columns()
+        names = ", ".join(columns)
+        marks = ", ".join(f":{name}" for name in columns)
+        await self._db.write((f"INSERT INTO runs ({names}) VALUES ({marks})", columns))
+
+    async def delete_run(self, run_id: str) -> None:
+        """Remove the row of a run that was refused before it began."""
+        await self._db.write(("DELETE FROM runs WHERE id = :id AND started_us IS NULL", {"id": run_id}))
+
+    async def update_run(self, run_id: str, **fields: Any) -> None:
+        """Change columns of an unfinished run; committed when this returns."""
+        await self._db.write(_update(run_id, fields))
+
+    async def note_progress(self, run_id: str, **fields: Any) -> None:
+        """Change columns of an unfinished run soon, without waiting for the disk."""
+        await self._db.write_soon(_update(run_id, fields))
+
+    async def request_cancel(self, run_id: str) -> None:
+        """Ask whichever process works on the run to cancel it."""
+        await self._db.write(_update(run_id, {"cancel_requested": 1}))
+
+    async def cancels_requested(self) -> list[str]:
+        """Runs of this instance that another process wants cancelled."""
+        rows = await self._db.all(
+            "SELECT id FROM runs WHERE instance_id = :me AND ended_us IS NULL AND cancel_requested",
+            {"me": self.instance_id},
+        )
+        return [row["id"] for row in rows]
+
+    async def finish_run(self, run: Run) -> None:
+        """Store a run's end and free its session, in one transaction. A run ends once: later ends are ignored."""
+        columns = run.columns()
+        sets = ", ".join(f"{name} = :{name}" for name in columns if name != "id")
+        await self._db.write(
+            ("UPDATE sessions SET locked_by = NULL WHERE locked_by = :id", {"id": run.id}),
+            (f"UPDATE runs SET {sets} WHERE id = :id AND ended_us IS NULL", columns),
+        )
+
+    async def run(self, run_id: str) -> Run:
+        """The run of that id, or of the only id that starts so. Raises RunNotFoundError."""
+        rows = await self._db.all(
+            "SELECT * FROM runs WHERE id >= :id AND id < :id || 'g' LIMIT 2", {"id": run_id.lower() or "-"}
+        )
+        if not rows:
+            raise RunNotFoundError(f"no run {run_id!r}")
+        exact = [row for row in rows if row["id"] == run_id.lower()]
+        if len(rows) > 1 and not exact:
+            raise RunNotFoundError(f"{run_id!r} is the start of several run ids; give more of it")
+        return Run.model_validate((exact or rows)[0])
+
+    async def runs(
+        self,
+        *,
+        ids: Collection[str] | None = None,
+        agent: str | None = None,
+        session_id: str | None = None,
+        status: str | None = None,
+        parent_id: str | None = None,
+        step: str | None = None,
+        root_id: str | None = None,
+        trace_id: str | None = None,
+        text: str | None = None,
+        after_us: int | None = None,
+        before_us: int | None = None,
+        within: str | None = None,
+        limit: int = 50,
+    ) -> list[Run]:
+        """Runs that match every filter given, newest first. ``within`` keeps to the subtree below that run."""
+        filters = {
+            "name = :agent": agent,
+            "session_id = :session_id": session_id,
+            "status = :status": status,
+            "parent_id = :parent_id": parent_id,
+            "step = :step": step,
+            "root_id = :root_id": root_id,
+            "trace_id = :trace_id": trace_id,
+            "(instr(lower(prompt), lower(:text)) OR instr(lower(runs.text), lower(:text)))": text,
+            "created_us >= :after_us": after_us,
+            "created_us < :before_us": before_us,
+            f"id IN ({_SUBTREE})": within,
+            "id IN (SELECT value FROM json_each(:ids))": None if ids is None else to_json(list(ids)),
+        }
+        params: dict[str, Any] = {
+            "agent": agent,
+            "session_id": session_id,
+            "status": status,
+            "parent_id": parent_id,
+            "step": step,
+            "root_id": root_id,
+            "trace_id": trace_id,
+            "text": text,
+            "after_us": after_us,
+            "before_us": before_us,
+            "within": within,
+            "ids": filters["id IN (SELECT value FROM json_each(:ids))"],
+            "limit": limit,
+        }
+        where = " AND ".join(sql for sql, value in filters.items() if value is not None) or "1"
+        rows = await self._db.all(
+            f"SELECT * FROM runs WHERE {where} ORDER BY created_us DESC, id LIMIT :limit",
+            params,
+        )
+        return [Run.model_validate(row) for row in rows]
+
+    async def tree(self, run_id: str) -> list[Run]:
+        """The run and everything below it, parents before children, in order of creation."""
+        rows = await self._db.all(
+            f"SELECT * FROM runs WHERE id IN ({_SUBTREE}) ORDER BY depth, created_us, id",
+            {"within": run_id},
+        )
+        return [Run.model_validate(row) for row in rows]
+
+    # -- messages -----------------------------------------------------------------------------------------
+
+    async def add_message(self, run_id: str, seq: int, kind: str, subtype: str | None, body: Any) -> None:
+        """Keep one message of a run; written within 100 ms."""
+        await self._db.write_soon(
+            (
+                "INSERT INTO messages (run_id, seq, at_us, type, subtype, body)"
+                " VALUES (:run_id, :seq, :at, :type, :subtype, :body)",
+                {
+                    "run_id": run_id,
+                    "seq": seq,
+                    "at": now_us(),
+                    "type": kind,
+                    "subtype": subtype,
+                    "body": to_json(body),
+                },
+            )
+        )
+
+    async def messages(self, run_id: str) -> list[StoredMessage]:
+        """What was said in a run, in order."""
+        rows = await self._db.all(
+            "SELECT seq, at_us, type, subtype, body FROM messages WHERE run_id = :id ORDER BY seq", {"id": run_id}
+        )
+        return [StoredMessage.of(row) for row in rows]
+
+    # -- sessions -----------------------------------------------------------------------------------------
+
+    async def begin_session(self, session: SessionRow) -> None:
+        """Record a new session, held by the run named in ``locked_by``."""
+        columns = session.model_dump()
+        names, marks = ", ".join(columns), ", ".join(f":{name}" for name in columns)
+        await self._db.write((f"INSERT INTO sessions ({names}) VALUES ({marks})", columns))
+
+    async def hold_session(self, session_id: str, run_id: str) -> None:
+        """Take the session for a run. Raises SessionBusyError while another run holds it."""
+        [taken] = await self._db.write(
+            (
+                "UPDATE sessions SET locked_by = :run WHERE id = :id AND (locked_by IS NULL OR locked_by = :run)",
+                {"id": session_id, "run": run_id},
+            )
+        )
+        if not taken:
+            holder = (await self.session(session_id)).locked_by
+            raise SessionBusyError(
+                f"session {session_id} is in use by run {holder}",
+                details={"session_id": session_id, "run_id": holder},
+            )
+
+    async def count_turn(self, session_id: str, run_id: str) -> None:
+        sql = "UPDATE sessions SET turns = turns + 1, last_run_id = :run, updated_us = :now WHERE id = :id"
+        await self._db.write((sql, {"id": session_id, "run": run_id, "now": now_us()}))
+
+    async def forget_session(self, session_id: str) -> None:
+        """Remove a session that never came to be (its first run ended before the CLI wrote a transcript)."""
+        await self._db.write(("DELETE FROM sessions WHERE id = :id AND turns = 0", {"id": session_id}))
+
+    async def session(self, session_id: str) -> SessionRow:
+        """Raises SessionNotFoundError."""
+        row = await self._db.one("SELECT * FROM sessions WHERE id = :id", {"id": session_id})
+        if row is None:
+            raise SessionNotFoundError(f"no session {session_id!r} is known here")
+        return SessionRow.model_validate(row)
+
+    async def sessions(self, *, agent: str | None = None, limit: int = 50) -> list[SessionRow]:
+        where = "agent = :agent" if agent is not None else "1"
+        rows = await self._db.all(
+            f"SELECT * FROM sessions WHERE {where} ORDER BY updated_us DESC LIMIT :limit",
+            {"agent": agent, "limit": limit},
+        )
+        return [SessionRow.model_validate(row) for row in rows]
+
+    # -- agent preferences --------------------------------------------------------------------------------
+
+    async def prefer(self, agent: str, model: str | None) -> None:
+        """Set the model an agent runs with, over its file; None forgets the preference."""
+        if model is None:
+            await self._db.write(("DELETE FROM agent_preferences WHERE agent = :agent", {"agent": agent}))
+            return
+        sql = (
+            "INSERT INTO agent_preferences (agent, model, updated_us) VALUES (:agent, :model, :now)"
+            " ON CONFLICT (agent) DO UPDATE SET model = :model, updated_us = :now"
+        )
+        await self._db.write((sql, {"agent": agent, "model": model, "now": now_us()}))
+
+    async def preferences(self) -> dict[str, str]:
+        """Agent id → preferred model."""
+        rows = await self._db.all("SELECT agent, model FROM agent_preferences")
+        return {row["agent"]: row["model"] for row in rows}
+
+
+_SUBTREE = (
+    "WITH RECURSIVE below(id) AS"
+    " (VALUES (:within) UNION SELECT r.id FROM runs r JOIN below b ON r.parent_id = b.id) SELECT id FROM below"
+)
+
+
+def _update(run_id: str, fields: dict[str, Any]) -> Statement:
+    sets = ", ".join(f"{name} = :{name}" for name in fields)
+    return f"UPDATE runs SET {sets} WHERE id = :run_id AND ended_us IS NULL", {**fields, "run_id": run_id}
+
+
+def _is_alive(pid: int, created: float) -> bool:
+    try:
+        # The start time tells this process from a later one with the same pid.
+        return abs(psutil.Process(pid).create_time() - created) < 1
+    except psutil.Error:
+        return False

@@ -1,0 +1,226 @@
+"""The database seam: run, one, all and a single writer; here over SQLite.
+
+All writes go through one task. It takes what has queued up, executes it in one transaction and only then tells
+those who wait: a state change that was acknowledged is on disk, and a thousand small writes cost one commit.
+Messages of a run are written without waiting (``write_soon``) in batches of at most 100 ms or 200 rows.
+"""
+
+import logging
+from collections.abc import AsyncIterator, Mapping, Sequence
+from contextlib import asynccontextmanager
+from dataclasses import dataclass, field
+from importlib.resources import files
+from pathlib import Path
+from typing import Any, Protocol
+
+import aiosqlite
+import anyio
+from anyio.streams.memory import MemoryObjectReceiveStream, MemoryObjectSendStream
+
+from orchestrator.errors import OrchestratorError
+from orchestrator.groups import unwrapped
+
+log = logging.getLogger(__name__)
+
+BATCH_ROWS = 200
+BATCH_SECONDS = 0.1
+# Rows that may wait to be written before readers of CLI output are slowed down.
+QUEUE_ROWS = 2000
+BUSY_SECONDS = 10
+
+Params = Mapping[str, Any]
+Row = Mapping[str, Any]
+Statement = tuple[str, Params]
+
+
+class StoreError(OrchestratorError):
+    """The store cannot be opened or written."""
+
+    code = "store"
+    advice = "Check that the disk has room and that the file named by `store.path` is writable."
+
+
+class Database(Protocol):
+    """What the store needs of a database driver."""
+
+    async def one(self, sql: str, params: Params = ...) -> Row | None:
+        """The first row, or None."""
+        ...
+
+    async def all(self, sql: str, params: Params = ...) -> list[Row]:
+        """Every row."""
+        ...
+
+    async def write(self, *statements: Statement) -> list[int]:
+        """Execute in one transaction; returns each statement's row count once it is committed."""
+        ...
+
+    async def write_soon(self, *statements: Statement) -> None:
+        """Execute within BATCH_SECONDS; waits only while too much is queued."""
+        ...
+
+
+@dataclass(slots=True)
+class _Write:
+    statements: Sequence[Statement]
+    done: anyio.Event | None = None
+    counts: list[int] = field(default_factory=list)
+    error: Exception | None = None
+
+
+class SQLite:
+    """A SQLite file in WAL mode: one connection reads, one task writes."""
+
+    def __init__(self, reader: aiosqlite.Connection, queue: MemoryObjectSendStream[_Write]) -> None:
+        self._reader = reader
+        self._queue = queue
+
+    async def one(self, sql: str, params: Params | None = None) -> Row | None:
+        async with self._reader.execute(sql, params or {}) as cursor:
+            row = await cursor.fetchone()
+        return dict(row) if row is not None else None
+
+    async def all(self, sql: str, params: Params | None = None) -> list[Row]:
+        async with self._reader.execute(sql, params or {}) as cursor:
+            return [dict(row) for row in await cursor.fetchall()]
+
+    async def write(self, *statements: Statement) -> list[int]:
+        item = _Write(statements, done=anyio.Event())
+        assert item.done is not None
+        await self._queue.send(item)
+        await item.done.wait()
+        if item.error is not None:
+            raise StoreError(f"the store could not be written: {item.error}") from item.error
+        return item.counts
+
+    async def write_soon(self, *statements: Statement) -> None:
+        await self._queue.send(_Write(statements))
+
+
+@asynccontextmanager
+async def open_sqlite(path: Path) -> AsyncIterator[SQLite]:
+    """Open (or make) the database file and bring it to the newest schema.
+
+    Everything queued is written before the context is left. Raises StoreError when the file cannot be used.
+    """
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True, mode=0o700)
+        writer, reader = await _connect(path), await _connect(path)
+    except (OSError, aiosqlite.Error) as error:
+        raise StoreError(f"cannot open the store {path}: {error}") from error
+    send, receive = anyio.create_memory_object_stream[_Write](QUEUE_ROWS)
+    try:
+        await _migrate(writer, path)
+        with unwrapped():
+            async with anyio.create_task_group() as tg:
+                tg.start_soon(_write_all, writer, receive)
+                try:
+                    yield SQLite(reader, send)
+                finally:
+                    send.close()  # the writer ends by itself once the queue is empty
+    finally:
+        with anyio.CancelScope(shield=True):
+            await reader.close()
+            await writer.close()
+
+
+async def _connect(path: Path) -> aiosqlite.Connection:
+    connection = await aiosqlite.connect(path, isolation_level=None, timeout=BUSY_SECONDS)
+    connection.row_factory = aiosqlite.Row
+    await connection.execute("PRAGMA journal_mode=WAL")
+    await connection.execute("PRAGMA synchronous=NORMAL")
+    await connection.execute("PRAGMA foreign_keys=ON")
+    path.chmod(0o600)  # prompts and answers are private
+    return connection
+
+
+def migrations() -> list[tuple[int, str]]:
+    """(number, SQL) of every migration, in order."""
+    folder = files("orchestrator.store") / "migrations"
+    found = [(int(f.name.split("_")[0]), f.read_text("utf-8")) for f in folder.iterdir() if f.name.endswith(".sql")]
+    return sorted(found)
+
+
+async def _migrate(connection: aiosqlite.Connection, path: Path) -> None:
+    steps = migrations()
+    newest = steps[-1][0]
+    # IMMEDIATE: of two processes that open a new file at once, the second waits and then finds it migrated.
+    await connection.execute("BEGIN IMMEDIATE")
+    try:
+        row = await (await connection.execute("PRAGMA user_version")).fetchone()
+        version = int(row[0]) if row else 0
+        if version > newest:
+            raise StoreError(
+                f"the store {path} is of a newer version ({version}) than this program knows ({newest})",
+                advice="Upgrade orchestrator-mcp, or name another file in `store.path`.",
+            )
+        for number, sql in steps:
+            if number > version:
+                for statement in sql_statements(sql):
+                    await connection.execute(statement)
+        await connection.execute(f"PRAGMA user_version={newest}")
+    except BaseException:
+        await connection.execute("ROLLBACK")
+        raise
+    await connection.execute("COMMIT")
+
+
+def sql_statements(script: str) -> list[str]:
+    """The statements of a migration, without comments. (executescript would commit our transaction.)"""
+    lines = [line.split("--")[0] for line in script.splitlines()]
+    return [s.strip() for s in "\n".join(lines).split(";") if s.strip()]
+
+
+async def _write_all(connection: aiosqlite.Connection, queue: MemoryObjectReceiveStream[_Write]) -> None:
+    # Shielded: what was queued is written even when everything around is being cancelled.
+    with anyio.CancelScope(shield=True):
+        async with queue:
+            async for first in queue:
+                await _commit(connection, await _batch(first, queue))
+
+
+async def _batch(first: _Write, queue: MemoryObjectReceiveStream[_Write]) -> list[_Write]:
+    batch = [first]
+    with anyio.move_on_after(BATCH_SECONDS):
+        while len(batch) < BATCH_ROWS:
+            try:
+                batch.append(queue.receive_nowait())
+            except (anyio.WouldBlock, anyio.EndOfStream):
+                if any(item.done for item in batch):
+                    break
+                try:
+                    batch.append(await queue.receive())
+                except anyio.EndOfStream:
+                    break
+    return batch
+
+
+async def _commit(connection: aiosqlite.Connection, batch: list[_Write]) -> None:
+    try:
+        await connection.execute("BEGIN IMMEDIATE")
+        for item in batch:
+            await _execute(connection, item)
+        await connection.execute("COMMIT")
+    except aiosqlite.Error as error:
+        log.exception("store: %d writes failed", len(batch))
+        for item in batch:
+            item.error = error
+        if connection.in_transaction:
+            await connection.execute("ROLLBACK")
+    for item in batch:
+        if item.done is not None:
+            item.done.set()
+
+
+async def _execute(connection: aiosqlite.Connection, item: _Write) -> None:
+    # A savepoint each: one refused write (a key that exists) must not take its neighbours along.
+    await connection.execute("SAVEPOINT item")
+    try:
+        for sql, params in item.statements:
+            cursor = await connection.execute(sql, params)
+            item.counts.append(cursor.rowcount)
+    except (aiosqlite.IntegrityError, ValueError, OverflowError) as error:  # ValueError: text that is not Unicode
+        item.error = error
+        log.warning("store: refused: %s", error)
+        await connection.execute("ROLLBACK TO item")
+    await connection.execute("RELEASE item")

@@ -1,0 +1,134 @@
+"""Rows of the store as typed objects."""
+
+import json
+from typing import Any, Literal, Self
+
+from pydantic import BaseModel, ConfigDict, field_validator
+
+from orchestrator.outcome import ENDED, Outcome, RunStatus, Usage
+
+
+class Run(BaseModel):
+    """One run. Times are microseconds since 1970 UTC; ``cost_usd`` None means unknown."""
+
+    model_config = ConfigDict(extra="forbid")
+
+    id: str
+    trace_id: str
+    parent_id: str | None = None
+    parent_span_id: str | None = None
+    root_id: str
+    depth: int
+    kind: Literal["agent", "plan"]
+    name: str
+    step: str | None = None
+    status: RunStatus = "queued"
+    prompt: str | None = None
+    text: str = ""
+    structured: Any = None
+    error: dict[str, Any] | None = None
+    agent: dict[str, Any] | None = None
+    options: dict[str, Any] = {}
+    source: str | None = None
+    model_requested: str | None = None
+    model_used: str | None = None
+    cwd: str
+    session_id: str | None = None
+    session_mode: str | None = None
+    source_session_id: str | None = None
+    caller: dict[str, Any] | None = None
+    input_tokens: int = 0
+    output_tokens: int = 0
+    cache_read_tokens: int = 0
+    cache_write_tokens: int = 0
+    cost_usd: float | None = None
+    cost_basis: Literal["cli", "estimate"] | None = None
+    num_turns: int = 0
+    budget_usd: float | None = None
+    created_us: int
+    started_us: int | None = None
+    ended_us: int | None = None
+    cancel_requested: bool = False
+    instance_id: str
+
+    @field_validator("structured", "error", "agent", "options", "caller", mode="before")
+    @classmethod
+    def _parse(cls, value: Any) -> Any:
+        return json.loads(value) if isinstance(value, str) else value
+
+    @property
+    def ended(self) -> bool:
+        return self.status in ENDED
+
+    @property
+    def duration_ms(self) -> int | None:
+        """Time from start to end; None while the run goes on or if it never started."""
+        if self.started_us is None or self.ended_us is None:
+            return None
+        return (self.ended_us - self.started_us) // 1000
+
+    @property
+    def usage(self) -> Usage:
+        return Usage(
+            input_tokens=self.input_tokens,
+            output_tokens=self.output_tokens,
+            cache_read_tokens=self.cache_read_tokens,
+            cache_write_tokens=self.cache_write_tokens,
+        )
+
+    def outcome(self) -> Outcome:
+        """What came of the run, as it stands now."""
+        return Outcome(
+            run_id=self.id,
+            status=self.status,
+            text=self.text,
+            structured=self.structured,
+            has_structured=self.structured is not None,
+            session_id=self.session_id,
+            usage=self.usage,
+            cost_usd=self.cost_usd,
+            num_turns=self.num_turns,
+            duration_ms=self.duration_ms,
+            model=self.model_used or self.model_requested,
+            error=self.error,
+        )
+
+    def columns(self) -> dict[str, Any]:
+        """The row as SQL parameters."""
+        data = self.model_dump()
+        return data | {name: to_json(data[name]) for name in ("structured", "error", "agent", "options", "caller")}
+
+
+class StoredMessage(BaseModel):
+    """One message of a run, ``body`` as the backend printed it."""
+
+    seq: int
+    at_us: int
+    type: str
+    subtype: str | None
+    body: dict[str, Any]
+
+    @classmethod
+    def of(cls, row: Any) -> Self:
+        return cls(**{**row, "body": json.loads(row["body"])})
+
+
+class SessionRow(BaseModel):
+    """A conversation the backend keeps. ``locked_by`` is the run that holds it now."""
+
+    id: str
+    backend: str
+    agent: str
+    cwd: str
+    home: str
+    parent_id: str | None = None
+    turns: int = 0
+    last_run_id: str | None = None
+    locked_by: str | None = None
+    created_us: int
+    updated_us: int
+
+
+def to_json(value: Any) -> str | None:
+    """Compact JSON, or None for None (SQL NULL)."""
+    return None if value is None else json.dumps(value, separators=(",", ":"), ensure_ascii=False, default=str)

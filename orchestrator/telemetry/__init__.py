@@ -1,0 +1,178 @@
+"""Spans out of the process: best effort, never in the way of a run. The journal is the truth.
+
+Where spans go is said by the standard OTEL_* variables; without an endpoint nothing is loaded and nothing sent.
+"""
+
+import logging
+import threading
+from collections.abc import AsyncIterator, Mapping
+from contextlib import asynccontextmanager
+from typing import TYPE_CHECKING, Any
+
+import anyio
+
+from orchestrator.config import Config
+from orchestrator.store import Run
+from orchestrator.telemetry.spans import SpanData, run_span
+from orchestrator.tracing import SpanContext
+
+if TYPE_CHECKING:
+    from opentelemetry.sdk.trace.export import BatchSpanProcessor
+
+__all__ = ["Exporter", "cli_environment", "endpoint_of", "open_exporter"]
+
+log = logging.getLogger(__name__)
+
+EXPORT_TIMEOUT_SECONDS = 2.0
+# The SDK's own shutdown waits up to 30 s for a collector that does not answer.
+SHUTDOWN_SECONDS = 3.0
+
+
+class Exporter:
+    """Sends the span of each run that ends. ``failed`` counts spans a collector did not take."""
+
+    def __init__(self, processor: "BatchSpanProcessor | None" = None, *, content: bool = False) -> None:
+        self._processor = processor
+        self._content = content
+        self.failed = 0
+
+    @property
+    def enabled(self) -> bool:
+        return self._processor is not None
+
+    def export(self, run: Run) -> None:
+        """Queue the run's span; returns at once and never raises."""
+        if self._processor is None:
+            return
+        try:
+            self._processor.on_end(to_otel(run_span(run, content=self._content)))
+        except Exception:  # a broken exporter must not fail the run it tells about
+            log.warning("span of run %s could not be queued", run.id, exc_info=True)
+
+    async def shutdown(self) -> None:
+        """Send what is queued, for at most SHUTDOWN_SECONDS."""
+        if self._processor is None:
+            return
+        # A daemon thread: one that hangs on a dead collector must not keep the process alive.
+        thread = threading.Thread(target=self._processor.shutdown, daemon=True)
+        thread.start()
+        await anyio.to_thread.run_sync(thread.join, SHUTDOWN_SECONDS)
+        if self.failed:
+            log.warning(
+                "%d spans were not taken by the collector; `orchestrator trace export` has them", self.failed
+            )
+
+
+@asynccontextmanager
+async def open_exporter(config: Config, environ: Mapping[str, str]) -> AsyncIterator[Exporter]:
+    """The exporter the environment asks for; one that does nothing where it asks for none."""
+    exporter = Exporter()
+    if config.telemetry.enabled and (endpoint := endpoint_of(environ)):
+        exporter = await anyio.to_thread.run_sync(_build, endpoint, environ, config.telemetry.content)
+    try:
+        yield exporter
+    finally:
+        with anyio.CancelScope(shield=True):
+            await exporter.shutdown()
+
+
+def endpoint_of(environ: Mapping[str, str]) -> str | None:
+    """The OTLP endpoint traces go to, or None when they are not wanted."""
+    if environ.get("OTEL_SDK_DISABLED", "").lower() == "true" or environ.get("OTEL_TRACES_EXPORTER") == "none":
+        return None
+    return environ.get("OTEL_EXPORTER_OTLP_TRACES_ENDPOINT") or environ.get("OTEL_EXPORTER_OTLP_ENDPOINT") or None
+
+
+def cli_environment(config: Config, environ: Mapping[str, str], span: SpanContext, service: str) -> dict[str, str]:
+    """Variables that hang a CLI's work under ``span`` and, where traces are exported, have it send its own spans."""
+    variables = {"TRACEPARENT": span.traceparent, "CLAUDE_CODE_PROPAGATE_TRACEPARENT": "1"}
+    if not (config.telemetry.enabled and config.telemetry.cli_spans and endpoint_of(environ)):
+        return variables
+    ours = {name: value for name, value in environ.items() if name.startswith("OTEL_EXPORTER_OTLP_")}
+    return {
+        **variables,
+        **ours,
+        "CLAUDE_CODE_ENABLE_TELEMETRY": "1",
+        "CLAUDE_CODE_ENHANCED_TELEMETRY_BETA": "1",
+        "OTEL_TRACES_EXPORTER": "otlp",
+        "OTEL_METRICS_EXPORTER": "none",
+        "OTEL_LOGS_EXPORTER": "none",
+        "OTEL_EXPORTER_OTLP_PROTOCOL": _protocol(environ),
+        "OTEL_SERVICE_NAME": service,
+        # The CLI's default of 5 s would lose the last spans of a run that is cut short.
+        "OTEL_TRACES_EXPORT_INTERVAL": "1000",
+    }
+
+
+def _protocol(environ: Mapping[str, str]) -> str:
+    specific = environ.get("OTEL_EXPORTER_OTLP_TRACES_PROTOCOL")
+    return specific or environ.get("OTEL_EXPORTER_OTLP_PROTOCOL") or "http/protobuf"
+
+
+def _build(endpoint: str, environ: Mapping[str, str], content: bool) -> Exporter:
+    # OpenTelemetry costs 0.3 s to import: only those who export pay it, and in a thread.
+    from opentelemetry.sdk.trace.export import (  # noqa: PLC0415
+        BatchSpanProcessor,
+        SpanExporter,
+        SpanExportResult,
+    )
+
+    if _protocol(environ) == "grpc":
+        from opentelemetry.exporter.otlp.proto.grpc.trace_exporter import OTLPSpanExporter as Grpc  # noqa: PLC0415
+
+        inner: SpanExporter = Grpc(endpoint=endpoint, timeout=EXPORT_TIMEOUT_SECONDS)
+    else:
+        from opentelemetry.exporter.otlp.proto.http.trace_exporter import OTLPSpanExporter as Http  # noqa: PLC0415
+
+        inner = Http(endpoint=_traces_url(endpoint, environ), timeout=EXPORT_TIMEOUT_SECONDS)
+
+    class Counting(SpanExporter):
+        """The batch processor throws the result of an export away; we count what was lost."""
+
+        def export(self, spans: Any) -> SpanExportResult:
+            result = inner.export(spans)
+            if result is not SpanExportResult.SUCCESS:
+                exporter.failed += len(spans)
+            return result
+
+        def shutdown(self) -> None:
+            inner.shutdown()
+
+    exporter = Exporter(
+        # Small batches: 64 spans with the longest values still fit a collector's 20 MiB limit.
+        BatchSpanProcessor(Counting(), schedule_delay_millis=1000, max_export_batch_size=64),
+        content=content,
+    )
+    return exporter
+
+
+def _traces_url(endpoint: str, environ: Mapping[str, str]) -> str:
+    if environ.get("OTEL_EXPORTER_OTLP_TRACES_ENDPOINT") == endpoint:
+        return endpoint
+    return endpoint.rstrip("/") + "/v1/traces"
+
+
+def to_otel(span: SpanData) -> Any:
+    """Our span as the SDK's finished span."""
+    from opentelemetry.sdk.resources import Resource  # noqa: PLC0415
+    from opentelemetry.sdk.trace import ReadableSpan  # noqa: PLC0415
+    from opentelemetry.sdk.util.instrumentation import InstrumentationScope  # noqa: PLC0415
+    from opentelemetry.trace import SpanContext as OtelContext  # noqa: PLC0415
+    from opentelemetry.trace import SpanKind, Status, StatusCode, TraceFlags  # noqa: PLC0415
+
+    def context(span_id: str) -> OtelContext:
+        flags = TraceFlags(TraceFlags.SAMPLED)
+        return OtelContext(int(span.trace_id, 16), int(span_id, 16), is_remote=False, trace_flags=flags)
+
+    return ReadableSpan(
+        name=span.name,
+        context=context(span.span_id),
+        parent=context(span.parent_id) if span.parent_id else None,
+        resource=Resource.create({"service.name": "orchestrator"}),
+        attributes=span.attributes,
+        kind=SpanKind.INTERNAL,
+        status=Status(StatusCode.ERROR, span.error) if span.error else Status(StatusCode.UNSET),
+        start_time=span.start_us * 1000,
+        end_time=span.end_us * 1000,
+        instrumentation_scope=InstrumentationScope("orchestrator"),
+    )
