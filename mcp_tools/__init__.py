@@ -29,7 +29,7 @@ def build_server(rt: Runtime) -> "MCPServer":
 
 @asynccontextmanager
 async def open_door(rt: Runtime) -> AsyncIterator[Door]:
-    """Serve MCP on a free loopback port, to the agents of ``rt`` alone: only tokens of running runs are accepted."""
+    """Serve MCP on a free loopback port to the agents of ``rt`` alone: only tokens of running runs are accepted."""
     async with open_doors(rt) as door:
         yield door
 

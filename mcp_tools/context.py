@@ -78,7 +78,7 @@ async def visible(rt: Runtime, caller: Caller, run_id: str) -> Run:
     below = {run.id for run in await rt.store.tree(caller.run.id)} - {caller.run.id}
     if row.id not in below:
         # The same error as for an id that does not exist: other trees are none of an agent's business.
-        raise RunNotFoundError(f"no run {run_id!r} among those you started", advice="List yours with query_traces.")
+        raise RunNotFoundError(f"no run {run_id!r} among those you started")
     return row
 
 

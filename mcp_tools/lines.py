@@ -1,7 +1,8 @@
 """The line door: MCP as newline-delimited JSON on a loopback socket, for the stdio shim.
 
-A connection opens with one line each way: ``{"token": …, "version": …}``, answered by ``{"ok": true, "version": …}``
-or by ``{"ok": false, "error": …}`` and the end. What follows is what MCP's stdio transport would say.
+A connection opens with one line each way: ``{"token": …, "version": …}`` is answered by
+``{"ok": true, "version": …}``, or by ``{"ok": false, "error": …}`` and the end. What follows is what MCP's stdio
+transport would say.
 """
 
 import json
@@ -9,7 +10,6 @@ import logging
 import secrets
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager, suppress
-from functools import partial
 from typing import Any
 
 import anyio
@@ -18,7 +18,17 @@ from anyio.streams.memory import MemoryObjectReceiveStream, MemoryObjectSendStre
 from mcp.server.lowlevel import Server
 from mcp.server.runner import serve_dual_era_loop
 from mcp.shared.message import SessionMessage
-from mcp_types import INVALID_REQUEST, PARSE_ERROR, jsonrpc_message_adapter
+from mcp_types import (
+    INVALID_REQUEST,
+    PARSE_ERROR,
+    JSONRPCError,
+    JSONRPCMessage,
+    JSONRPCNotification,
+    JSONRPCRequest,
+    JSONRPCResponse,
+    RequestId,
+    jsonrpc_message_adapter,
+)
 from pydantic import ValidationError
 
 from orchestrator import __version__
@@ -32,95 +42,123 @@ HELLO_SECONDS = 5
 MAX_HELLO_BYTES = 4096
 MAX_LINE_BYTES = 64 * 1024 * 1024
 READ_BYTES = 1 << 16
+#: How long open requests may take to be answered when the door closes, in seconds.
+GRACE_SECONDS = 1
 
 _GONE = (anyio.BrokenResourceError, anyio.ClosedResourceError, anyio.EndOfStream)
 
 
 @asynccontextmanager
 async def open_line_door(server: Server[Any], token: str) -> AsyncIterator[int]:
-    """Listen on a free loopback port, which is yielded; leaving the context ends every connection.
+    """Listen on a free loopback port, which is yielded. Leaving the context ends every connection.
 
     Requests that can be answered within GRACE_SECONDS then are.
     """
     listener = await anyio.create_tcp_listener(local_host="127.0.0.1")
     unanswered = Unanswered()
     async with listener, server.lifespan(server) as state:
+        door = _Door(server, state, token, unanswered)
         with unwrapped():
             async with anyio.create_task_group() as tg:
-                tg.start_soon(listener.serve, partial(_connection, server, state, token, unanswered))
-                yield listener.extra(SocketAttribute.local_port)
+                tg.start_soon(listener.serve, door.connection)
+                yield listener.extra(SocketAttribute.local_port)  # noqa: S610  # anyio's extra, not Django's
                 with anyio.move_on_after(GRACE_SECONDS):
                     await unanswered.none()
                 tg.cancel_scope.cancel()
 
 
-async def _connection(
-    server: Server[Any], state: Any, token: str, unanswered: "Unanswered", stream: ByteStream
-) -> None:
-    """One shim, from its hello to its end. Its requests end with it; the runs they started do not."""
-    lines = Lines(stream)
-    async with stream:
-        try:
-            with anyio.fail_after(HELLO_SECONDS):
-                await _greet(lines, token)
-        except (TimeoutError, PermissionError, MessageTooLargeError, *_GONE) as reason:
-            log.debug("a connection was refused: %s", reason)
-            return
-        with suppress(*_GONE):
-            await _converse(server, state, lines, unanswered)
+class Unanswered:
+    """The requests of all connections that have no answer yet. A stream that waits for changes is not meant."""
+
+    def __init__(self) -> None:
+        self._requests: set[tuple[Lines, RequestId]] = set()
+        self._fewer = anyio.Event()
+
+    def came(self, lines: "Lines", message: JSONRPCMessage) -> None:
+        if isinstance(message, JSONRPCRequest) and message.method != "subscriptions/listen":
+            self._requests.add((lines, message.id))
+        elif isinstance(message, JSONRPCNotification) and message.method == "notifications/cancelled":
+            # What was cancelled is not answered any more.
+            self._end({(lines, (message.params or {}).get("requestId"))})
+
+    def went(self, lines: "Lines", message: JSONRPCMessage) -> None:
+        if isinstance(message, JSONRPCResponse | JSONRPCError) and message.id is not None:
+            self._end({(lines, message.id)})
+
+    def left(self, lines: "Lines") -> None:
+        self._end({request for request in self._requests if request[0] is lines})
+
+    async def none(self) -> None:
+        """Wait until every request has its answer."""
+        while self._requests:
+            await self._fewer.wait()
+
+    def _end(self, requests: set[tuple["Lines", Any]]) -> None:
+        self._requests -= requests
+        self._fewer.set()
+        self._fewer = anyio.Event()
 
 
-async def _greet(lines: "Lines", token: str) -> None:
-    """Raises PermissionError for whoever does not know the token."""
-    hello = _parsed(await lines.receive(MAX_HELLO_BYTES))
-    presented = hello.get("token") if isinstance(hello, dict) else None
-    if not isinstance(presented, str) or not secrets.compare_digest(presented.encode(), token.encode()):
-        await lines.send(_compact({"ok": False, "error": "the token is wrong"}))
-        raise PermissionError("wrong token")
-    await lines.send(_compact({"ok": True, "version": __version__}))
+class _Door:
+    """What all connections share."""
 
+    def __init__(self, server: Server[Any], state: Any, token: str, unanswered: Unanswered) -> None:
+        self._server = server
+        self._state = state
+        self._token = token
+        self._unanswered = unanswered
 
-async def _converse(server: Server[Any], state: Any, lines: "Lines", unanswered: "Unanswered") -> None:
-    to_server, incoming = anyio.create_memory_object_stream[SessionMessage | Exception]()
-    outgoing, from_server = anyio.create_memory_object_stream[SessionMessage]()
-    with unwrapped():
-        async with anyio.create_task_group() as tg:
-            with unanswered.of_one_connection() as open_ids:
-                tg.start_soon(_read, lines, to_server, open_ids)
-                tg.start_soon(_write, lines, from_server, open_ids)
-                await serve_dual_era_loop(server, incoming, outgoing, lifespan_state=state)
+    async def connection(self, stream: ByteStream) -> None:
+        """One shim, from its hello to its end. Its requests end with it; the runs they started do not."""
+        lines = Lines(stream)
+        async with stream:
+            try:
+                with anyio.fail_after(HELLO_SECONDS):
+                    await self._greet(lines)
+                await self._converse(lines)
+            except (TimeoutError, PermissionError, MessageTooLargeError, *_GONE) as reason:
+                log.info("a connection was ended: %s", reason or type(reason).__name__)
+            finally:
+                self._unanswered.left(lines)
+
+    async def _greet(self, lines: "Lines") -> None:
+        """Raises PermissionError for whoever does not know the token."""
+        hello = _parsed(await lines.receive(MAX_HELLO_BYTES))
+        presented = hello.get("token") if isinstance(hello, dict) else None
+        if not isinstance(presented, str) or not secrets.compare_digest(presented.encode(), self._token.encode()):
+            await lines.send(_compact({"ok": False, "error": "the token is wrong"}))
+            raise PermissionError("wrong token")
+        await lines.send(_compact({"ok": True, "version": __version__}))
+
+    async def _converse(self, lines: "Lines") -> None:
+        to_server, incoming = anyio.create_memory_object_stream[SessionMessage | Exception]()
+        outgoing, from_server = anyio.create_memory_object_stream[SessionMessage]()
+        with unwrapped():
+            async with anyio.create_task_group() as tg:
+                tg.start_soon(self._read, lines, to_server)
+                tg.start_soon(self._write, lines, from_server)
+                await serve_dual_era_loop(self._server, incoming, outgoing, lifespan_state=self._state)
                 tg.cancel_scope.cancel()
 
+    async def _read(self, lines: "Lines", to_server: MemoryObjectSendStream[SessionMessage | Exception]) -> None:
+        async with to_server:
+            with suppress(*_GONE):
+                while True:
+                    line = await lines.receive(MAX_LINE_BYTES)
+                    try:
+                        message = jsonrpc_message_adapter.validate_json(line, by_name=False)
+                    except ValidationError:
+                        await lines.send(_compact(_not_a_message(line)))
+                        continue
+                    self._unanswered.came(lines, message)
+                    await to_server.send(SessionMessage(message))
 
-async def _read(
-    lines: "Lines", to_server: MemoryObjectSendStream[SessionMessage | Exception], open_ids: set
-) -> None:
-    async with to_server:
-        with suppress(*_GONE):
-            while True:
-                line = await lines.receive(MAX_LINE_BYTES)
-                try:
-                    message = SessionMessage(jsonrpc_message_adapter.validate_json(line, by_name=False))
-                except ValidationError:
-                    await lines.send(_compact(_not_a_message(line)))
-                else:
-                    await to_server.send(message)
-
-
-async def _write(lines: "Lines", from_server: MemoryObjectReceiveStream[SessionMessage]) -> None:
-    async with from_server:
-        with suppress(*_GONE):
-            async for item in from_server:
-                await lines.send(item.message.model_dump_json(by_alias=True, exclude_unset=True).encode())
-
-
-def _not_a_message(line: bytes) -> dict[str, Any]:
-    """JSON-RPC's answer to a line that is no message; without one its sender would wait for ever."""
-    sent = _parsed(line)
-    code, words = (PARSE_ERROR, "not JSON") if sent is None else (INVALID_REQUEST, "not a JSON-RPC message")
-    message_id = sent.get("id") if isinstance(sent, dict) else None
-    known = message_id if isinstance(message_id, str | int) else None
-    return {"jsonrpc": "2.0", "id": known, "error": {"code": code, "message": words}}
+    async def _write(self, lines: "Lines", from_server: MemoryObjectReceiveStream[SessionMessage]) -> None:
+        async with from_server:
+            with suppress(*_GONE):
+                async for item in from_server:
+                    await lines.send(item.message.model_dump_json(by_alias=True, exclude_unset=True).encode())
+                    self._unanswered.went(lines, item.message)
 
 
 class Lines:
@@ -144,6 +182,15 @@ class Lines:
     async def send(self, line: bytes) -> None:
         async with self._sending:
             await self._stream.send(line + b"\n")
+
+
+def _not_a_message(line: bytes) -> dict[str, Any]:
+    """JSON-RPC's answer to a line that is no message; without one its sender would wait for ever."""
+    sent = _parsed(line)
+    code, words = (PARSE_ERROR, "not JSON") if sent is None else (INVALID_REQUEST, "not a JSON-RPC message")
+    message_id = sent.get("id") if isinstance(sent, dict) else None
+    known = message_id if isinstance(message_id, str | int) else None
+    return {"jsonrpc": "2.0", "id": known, "error": {"code": code, "message": words}}
 
 
 def _parsed(line: bytes) -> Any:

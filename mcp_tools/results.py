@@ -4,7 +4,9 @@ import json
 import re
 from collections.abc import Sequence
 from datetime import UTC, datetime, timedelta
-from typing import Any, TypedDict
+from typing import Any, cast
+
+from typing_extensions import TypedDict  # pydantic needs this one below Python 3.12
 
 from orchestrator.errors import ConfigError, OrchestratorError
 from orchestrator.outcome import Outcome
@@ -13,6 +15,13 @@ from orchestrator.store import Run
 PARTIAL_CHARS = 2000
 PROMPT_CHARS = 200
 TEXT_CHARS = 500
+
+# What the errors advise is for a terminal; a model has tools instead.
+_ADVICE = {
+    "agent_not_found": "Choose one of the known agents; list_agents describes them.",
+    "run_not_found": "Find runs with query_traces.",
+    "session_not_found": "Find sessions with query_traces, or start a fresh one.",
+}
 
 _SPAN = re.compile(r"(\d+(?:\.\d+)?)\s*([smhdw])")
 _UNITS = {"s": "seconds", "m": "minutes", "h": "hours", "d": "days", "w": "weeks"}
@@ -88,7 +97,11 @@ def pending(run: Run, doing: str, seconds: float) -> str:
 def failure(name: str, outcome: Outcome) -> str:
     """A run that did not succeed: one sentence for people, one line of JSON to decide from."""
     error = outcome.error or {}
-    more = {"run_id": outcome.run_id, "session_id": outcome.session_id, "partial_text": outcome.text[:PARTIAL_CHARS]}
+    more = {
+        "run_id": outcome.run_id,
+        "session_id": outcome.session_id,
+        "partial_text": cut(outcome.text, PARTIAL_CHARS),
+    }
     status = outcome.status.replace("_", " ")
     return _told(f"{name} {status}: {error.get('message', 'no reason was recorded')}", error, more)
 
@@ -100,8 +113,9 @@ def refusal(error: OrchestratorError) -> str:
 
 def _told(sentence: str, error: dict[str, Any], more: dict[str, Any]) -> str:
     details = {key: _cut_value(value) for key, value in error.get("details", {}).items()}
-    facts = {name: error.get(name) for name in ("code", "retryable", "retry_after", "advice")} | details | more
-    known = {name: value for name, value in facts.items() if value not in (None, "")}
+    facts = {name: error.get(name) for name in ("code", "retryable", "retry_after", "advice")}
+    facts["advice"] = _ADVICE.get(error.get("code", ""), facts["advice"])
+    known = {name: value for name, value in (facts | details | more).items() if value not in (None, "")}
     return f"{sentence}\n{compact(known)}"
 
 
@@ -132,7 +146,7 @@ def trace_row(run: Run) -> TraceRow:
         "trace_id": run.trace_id,
         "error": f"{run.error.get('code')}: {cut(run.error.get('message', ''), TEXT_CHARS)}" if run.error else None,
     }
-    return TraceRow(**{name: value for name, value in row.items() if value not in (None, "")})  # type: ignore[typeddict-item]  # the keys are those above
+    return cast("TraceRow", {name: value for name, value in row.items() if value not in (None, "")})
 
 
 def cut(text: str, limit: int) -> str:

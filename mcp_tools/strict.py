@@ -1,4 +1,4 @@
-"""Tools that refuse what they do not know. The SDK drops unknown arguments silently, and with them what was meant."""
+"""Tools that refuse what they do not know: the SDK drops unknown arguments, and with them what was meant."""
 
 import difflib
 import inspect
@@ -24,7 +24,7 @@ class StrictTool(Tool):
         structured: bool = False,
         meta: dict[str, Any] | None = None,
     ) -> Self:
-        """The tool a function is: its docstring is the description. ``structured`` results are JSON, others text."""
+        """The tool a function is; its docstring is the description. ``structured`` results are JSON, not text."""
         tool = cls.from_function(
             function,
             description=inspect.getdoc(function),
@@ -39,9 +39,7 @@ class StrictTool(Tool):
         tool.parameters = _without_titles(arguments.model_json_schema(by_alias=True))
         return tool
 
-    async def run(
-        self, arguments: dict[str, Any], context: Context[Any, Any], convert_result: bool = False
-    ) -> Any:
+    async def run(self, arguments: dict[str, Any], context: Context[Any, Any], convert_result: bool = False) -> Any:
         """Run the tool. Raises ToolError."""
         try:
             return await super().run(arguments, context, convert_result)
@@ -55,7 +53,7 @@ class StrictTool(Tool):
 def explain(error: ValidationError, known: list[str]) -> str:
     """What is wrong with the arguments, without pydantic's vocabulary and without repeating the values."""
     problems = [_problem(problem, known) for problem in error.errors(include_url=False, include_input=False)]
-    return f"{'; '.join(problems)}. Arguments: {', '.join(known)}."
+    return f"{'; '.join(problems)}. Its arguments are: {', '.join(known) or 'none'}."
 
 
 def _problem(problem: Mapping[str, Any], known: list[str]) -> str:
@@ -64,7 +62,7 @@ def _problem(problem: Mapping[str, Any], known: list[str]) -> str:
         return f"{name} is missing"
     if problem["type"] == "extra_forbidden":
         near = difflib.get_close_matches(name, known, n=1)
-        return f"there is no argument {name!r}" + (f", did you mean {near[0]!r}?" if near else "")
+        return f"there is no argument {name!r}" + (f" (did you mean {near[0]!r}?)" if near else "")
     return f"{name}: {problem['msg']}"
 
 

@@ -97,7 +97,8 @@ class Tools:
         ] = None,
         timeout_s: Annotated[float | None, Field(gt=0, description="Seconds after which the run is ended.")] = None,
         wait_s: Annotated[
-            Wait, Field(description="Seconds to wait for the answer; 0 returns the run_id at once. The run goes on.")
+            Wait,
+            Field(description="Seconds to wait for the answer, then the run goes on; 0 returns at once."),
         ] = None,
         cancel_on_disconnect: Annotated[
             bool, Field(description="End the run if this call is interrupted; by default it goes on.")
@@ -211,10 +212,11 @@ class Tools:
 
     async def list_agents(self) -> results.Agents:
         """The agents one can delegate to: what each is for, its model and its tools."""
-        catalog, preferences = self._rt.catalog, await self._rt.store.preferences()
+        with _told_to_the_model():
+            preferences = await self._rt.store.preferences()
         default = self._rt.config.agents.default_model
         agents: list[results.AgentRow] = []
-        for agent in catalog.agents():
+        for agent in self._rt.catalog.agents():
             row: results.AgentRow = {"name": agent.id, "description": results.cut(agent.description, 300)}
             model, _ = resolve_model(None, preferences.get(agent.id), agent, default)
             if model:
@@ -222,7 +224,7 @@ class Tools:
             if agent.tools is not None:
                 row["tools"] = list(agent.tools)
             agents.append(row)
-        problems = [f"{p.path}:{p.line or 1}: {p.reason}" for p in catalog.problems()]
+        problems = [f"{p.path}:{p.line or 1}: {p.reason}" for p in self._rt.catalog.problems()]
         return {"agents": agents, "problems": problems}
 
     # -- what they share ----------------------------------------------------------------------------------

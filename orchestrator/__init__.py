@@ -11,18 +11,19 @@ __version__ = "0.1.0"
 if TYPE_CHECKING:
     from orchestrator.agents import Agent, Catalog
     from orchestrator.config import Config, load_config
-    from orchestrator.delegate import Task, delegate, submit
+    from orchestrator.delegate import delegate, submit
     from orchestrator.errors import OrchestratorError
     from orchestrator.outcome import Outcome, Usage
     from orchestrator.plan_runs import run_plan
     from orchestrator.runtime import Runtime, open_runtime
+    from orchestrator.task import Task
 
 _HOME = {
     "Agent": "orchestrator.agents",
     "Catalog": "orchestrator.agents",
     "Config": "orchestrator.config",
     "load_config": "orchestrator.config",
-    "Task": "orchestrator.delegate",
+    "Task": "orchestrator.task",
     "delegate": "orchestrator.delegate",
     "submit": "orchestrator.delegate",
     "OrchestratorError": "orchestrator.errors",

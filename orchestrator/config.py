@@ -41,7 +41,6 @@ class ClaudeConfig(_Section):
     stream_idle_timeout_s: float = Field(
         120, ge=10, le=1800, description="How long a started answer may pause before it is asked for again."
     )
-    start_timeout_s: float = Field(30, gt=0, description="How long the CLI may take to answer `initialize`.")
     max_line_bytes: int = Field(64 * 1024 * 1024, ge=65536, description="Longest line of output accepted.")
     allow_bypass_permissions: bool = Field(
         False, description="Whether agents may run with permissionMode bypassPermissions. For sandboxes only."

@@ -13,7 +13,6 @@ from pathlib import Path
 from typing import Any
 
 import anyio
-from pydantic import BaseModel, ConfigDict, Field
 
 from orchestrator.agents import Agent, resolve_model
 from orchestrator.conversation import Conversation, SessionMode
@@ -35,7 +34,8 @@ from orchestrator.outcome import Outcome, RunStatus
 from orchestrator.runtime import LiveRun, Runtime
 from orchestrator.specs import build_spec
 from orchestrator.store import Run, SessionRow, now_us
-from orchestrator.tracing import SpanContext, new_run_id, new_trace_id
+from orchestrator.task import Task
+from orchestrator.tracing import new_run_id, new_trace_id
 
 log = logging.getLogger(__name__)
 
@@ -44,36 +44,6 @@ WIND_DOWN_SECONDS = 0.7
 # How often the text of a running turn is put on its row: what a crash leaves behind is at most this old.
 TEXT_SECONDS = 0.25
 FOREIGN_POLL_SECONDS = 0.3
-
-
-class Task(BaseModel):
-    """What is asked of an agent. Times are seconds, money is USD; None means the configured default.
-
-    ``session`` is a session id to go on with; with ``fork`` a copy of it is gone on with and it stays as it is.
-    ``parent_id`` is the run that delegates; ``parent_span`` the exact caller inside or outside of it.
-    ``allowed_tools`` are permission rules granted on top of the agent's file (``Bash(git *)``).
-    """
-
-    model_config = ConfigDict(extra="forbid", frozen=True, arbitrary_types_allowed=True)
-
-    agent: str
-    prompt: str
-    session: str | None = None
-    fork: bool = False
-    model: str | None = None
-    cwd: Path | None = None
-    effort: str | None = None
-    permission_mode: str | None = None
-    allowed_tools: tuple[str, ...] = ()
-    output_schema: dict[str, Any] | None = None
-    timeout_s: float | None = Field(None, gt=0)
-    idle_timeout_s: float | None = Field(None, gt=0)
-    budget_usd: float | None = Field(None, ge=0)
-    max_turns: int | None = Field(None, ge=1)
-    parent_id: str | None = None
-    parent_span: SpanContext | None = None
-    step: str | None = None
-    caller: dict[str, Any] | None = None
 
 
 async def delegate(rt: Runtime, task: Task) -> Outcome:

@@ -35,11 +35,16 @@ class Watcher:
         except anyio.WouldBlock:
             self.lost += 1
 
-    def close(self) -> None:
-        self._send.close()
-
     def __aiter__(self) -> AsyncIterator[Event]:
         return self._receive.__aiter__()
+
+    def rest(self) -> Iterator[Event]:
+        """What is already there, without waiting."""
+        while True:
+            try:
+                yield self._receive.receive_nowait()
+            except (anyio.WouldBlock, anyio.EndOfStream):
+                return
 
     def release(self) -> None:
         self._send.close()

@@ -5,6 +5,8 @@ job id, so that asking for the same step again attaches to the run that exists i
 """
 
 import logging
+import shutil
+import subprocess
 import time
 from collections.abc import Mapping
 from pathlib import Path
@@ -12,13 +14,15 @@ from typing import Any
 
 import anyio
 
-from orchestrator.delegate import Task, conclude, delegate, summary, wait
-from orchestrator.errors import OrchestratorError, RunCancelledError, RunInterruptedError
+from orchestrator.delegate import conclude, delegate, summary, wait
+from orchestrator.errors import OrchestratorError, PlanError, RunCancelledError, RunInterruptedError
 from orchestrator.limits import Budget
 from orchestrator.outcome import Outcome
 from orchestrator.plans import Plan, PlanState, StepChange, StepJob, drive
+from orchestrator.plans.template import template
 from orchestrator.runtime import LiveRun, Runtime
 from orchestrator.store import Run, now_us
+from orchestrator.task import Task
 from orchestrator.tracing import SpanContext, new_run_id, new_trace_id
 
 log = logging.getLogger(__name__)
@@ -65,6 +69,7 @@ async def submit_plan(
     base = (base or rt.config.project_dir).resolve()
     bound = plan.bind(inputs, base=base)
     run_id = new_run_id()
+    cwd = await open_workspace(rt, plan, bound, run_id) if plan.workspace else base
     budget = Budget(plan.limits.budget_usd if plan.limits.budget_usd is not None else rt.config.limits.budget_usd)
     row = Run(
         id=run_id,
@@ -76,7 +81,7 @@ async def submit_plan(
         name=plan.name,
         options={"inputs": bound, "plan": str(plan.path), "digest": plan.digest},
         source=plan.source,
-        cwd=str(base),
+        cwd=str(cwd),
         caller=caller,
         budget_usd=budget.limit,
         created_us=now_us(),
@@ -92,6 +97,42 @@ async def submit_plan(
     rt.task_group.start_soon(_execute, rt, live, PlanState(plan, bound, run_id))
     rt.emit("run.created", run_id, **summary(row))
     return run_id
+
+
+async def open_workspace(rt: Runtime, plan: Plan, inputs: Mapping[str, Any], run_id: str) -> Path:
+    """A fresh copy of the directory the plan works on; a copy without history becomes a git repository.
+
+    Raises PlanError if there is no such directory.
+    """
+    assert plan.workspace is not None
+    target = rt.config.data_path / "workspaces" / run_id
+    written = template(plan.workspace.copy_).render({"inputs": inputs, "run": {"id": run_id}, "steps": {}})
+    source = (plan.path.parent / written).resolve()
+    if not source.is_dir():
+        raise PlanError(f"workspace.copy: there is no directory {source}", advice="Name one, or give the input.")
+    await anyio.to_thread.run_sync(copy_tree, source, target)
+    if not (target / ".git").exists():
+        # Variables like GIT_DIR, set inside git hooks, would send these commands to another repository.
+        env = {name: value for name, value in rt.environ.items() if not name.startswith("GIT_")}
+        await _commit_all(target, f"Copy of {source.name}", env)
+    return target
+
+
+def copy_tree(source: Path, target: Path) -> None:
+    """A whole tree; links stay links."""
+    target.parent.mkdir(parents=True, exist_ok=True, mode=0o700)
+    shutil.copytree(source, target, symlinks=True)
+
+
+async def _commit_all(folder: Path, message: str, env: Mapping[str, str]) -> None:
+    """Make the folder a git repository, so that what agents change can be seen. Without git it stays a folder."""
+    identity = ("-c", "user.name=orchestrator", "-c", "user.email=orchestrator@localhost")
+    for command in (("init", "--quiet"), ("add", "--all"), (*identity, "commit", "--quiet", "-m", message)):
+        try:
+            await anyio.run_process(["git", *command], cwd=folder, env=env)
+        except (OSError, subprocess.CalledProcessError) as error:
+            log.warning("the workspace %s is not a git repository: %s", folder, error)
+            return
 
 
 async def _execute(rt: Runtime, live: LiveRun, state: PlanState) -> None:

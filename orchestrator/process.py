@@ -171,7 +171,7 @@ async def _start(spec: Spec, binary: Path, dialect: Dialect) -> Process:
         )
     try:
         return await anyio.open_process(
-            [*_death_signal_prefix(), str(binary), *dialect.argv(spec)],
+            [*death_signal_prefix(), str(binary), *dialect.argv(spec)],
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             stderr=subprocess.PIPE,
@@ -191,7 +191,7 @@ async def _start(spec: Spec, binary: Path, dialect: Dialect) -> Process:
         raise CLIStartError(f"cannot start {binary}: {error}") from error
 
 
-def _death_signal_prefix() -> list[str]:
+def death_signal_prefix() -> list[str]:
     """On Linux, have the kernel send TERM to the CLI if this process dies, even by SIGKILL."""
     setpriv = shutil.which("setpriv") if sys.platform == "linux" else None
     return [setpriv, "--pdeathsig", "TERM", "--"] if setpriv else []

@@ -10,7 +10,7 @@ import os
 import secrets
 import signal
 import tempfile
-from collections.abc import AsyncIterator, Callable, Iterator
+from collections.abc import AsyncIterator, Iterator
 from contextlib import AbstractAsyncContextManager, asynccontextmanager, contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -46,9 +46,7 @@ class Doors(Door, Protocol):
 class OpenDoors(Protocol):
     """Opens doors to a runtime (``mcp_tools.open_doors``). ``token`` gives full rights."""
 
-    def __call__(
-        self, rt: Runtime, *, host: str, port: int, token: str
-    ) -> AbstractAsyncContextManager[Doors]: ...
+    def __call__(self, rt: Runtime, *, host: str, port: int, token: str) -> AbstractAsyncContextManager[Doors]: ...
 
 
 @dataclass(frozen=True, slots=True)
@@ -92,9 +90,9 @@ async def serve(
     data.mkdir(mode=0o700, parents=True, exist_ok=True)
     async with claimed(data):
         token = server_token(data)
-        settings = rt.config.server
-        address = {"host": host or settings.host, "port": settings.port if port is None else port}
-        async with open_doors(rt, token=token, **address) as doors:
+        host = rt.config.server.host if host is None else host
+        port = rt.config.server.port if port is None else port
+        async with open_doors(rt, host=host, port=port, token=token) as doors:
             assert doors.line_port is not None
             rt.door = doors
             state = ServerState(os.getpid(), doors.url, doors.line_port, token, __version__, now_us())
@@ -114,7 +112,8 @@ async def claimed(data_path: Path) -> AsyncIterator[None]:
     # The file stays: were it removed, two servers could hold locks on two files of the same name.
     with (data_path / LOCK_FILE).open("ab") as file:
         with anyio.move_on_after(CLAIM_SECONDS):
-            while not (ours := _locked(file.fileno())) and read_state(data_path) is None:
+            # Polling: no event of ours tells what another process does.
+            while not (ours := _locked(file.fileno())) and read_state(data_path) is None:  # noqa: ASYNC110
                 await anyio.sleep(0.05)
         if not ours:
             raise _busy(data_path, read_state(data_path))

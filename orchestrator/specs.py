@@ -1,7 +1,7 @@
 """From an agent's file, a task and the settings to what is fixed when the agent's process starts."""
 
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from orchestrator.agents import Agent
 from orchestrator.backends.claude import environment
@@ -9,12 +9,10 @@ from orchestrator.config import ClaudeConfig
 from orchestrator.conversation import McpEndpoint, SessionMode, Spec
 from orchestrator.errors import AgentError
 from orchestrator.process import RUN_ID_ENV
+from orchestrator.runtime import LiveRun, Runtime
+from orchestrator.task import Task
 from orchestrator.telemetry import cli_environment
 from orchestrator.tracing import SpanContext
-
-if TYPE_CHECKING:
-    from orchestrator.delegate import Task
-    from orchestrator.runtime import LiveRun, Runtime
 
 TOKEN_ENV = "ORCHESTRATOR_RUN_TOKEN"  # noqa: S105  # the variable's name, not a token
 MCP_NAME = "orchestrator"
@@ -23,8 +21,8 @@ MCP_NAME = "orchestrator"
 SUBAGENT_TOOLS = ("Agent", "Task", "Workflow")
 
 
-async def build_spec(rt: "Runtime", live: "LiveRun", agent: Agent, task: "Task") -> Spec:
-    """The process specification of a run. Raises AgentError for a permission the operator has not allowed."""
+async def build_spec(rt: Runtime, live: LiveRun, agent: Agent, task: Task) -> Spec:
+    """The process specification of a run. Raises what ``permission_mode`` raises."""
     row = live.row
     assert row.session_id is not None
     url = await rt.endpoint() if agent.may_delegate() else None
@@ -32,7 +30,7 @@ async def build_spec(rt: "Runtime", live: "LiveRun", agent: Agent, task: "Task")
     mode: SessionMode = row.session_mode  # type: ignore[assignment]  # written by session_mode(), read from our own row
     return Spec(
         cwd=Path(row.cwd),
-        env=_environ(rt, live, url),
+        env=_environ(rt, live, url, searchable=tools is None),
         session_id=row.session_id,
         session_mode=mode,
         source_session_id=row.source_session_id,
@@ -41,7 +39,7 @@ async def build_spec(rt: "Runtime", live: "LiveRun", agent: Agent, task: "Task")
         tools=tools,
         allowed_tools=(*rules, *task.allowed_tools, *([f"mcp__{MCP_NAME}"] if url else [])),
         disallowed_tools=(*agent.disallowed_tools, *(() if agent.may_use_subagents() else SUBAGENT_TOOLS)),
-        permission_mode=_permission_mode(rt, agent, task),
+        permission_mode=permission_mode(rt, agent, task),
         effort=task.effort or agent.effort,
         max_turns=task.max_turns or agent.max_turns or rt.config.limits.max_turns,
         budget_usd=live.budget.remaining,
@@ -65,7 +63,8 @@ def split_tools(tools: tuple[str, ...] | None) -> tuple[tuple[str, ...] | None, 
     return offered, tuple(rule for rule in rules if not rule.startswith(f"mcp__{MCP_NAME}"))
 
 
-def _permission_mode(rt: "Runtime", agent: Agent, task: "Task") -> str | None:
+def permission_mode(rt: Runtime, agent: Agent, task: Task) -> str | None:
+    """The mode asked for. Raises AgentError for one the operator has not allowed."""
     mode = task.permission_mode or agent.permission_mode
     if mode == "bypassPermissions" and not rt.config.claude.allow_bypass_permissions:
         raise AgentError(
@@ -75,7 +74,7 @@ def _permission_mode(rt: "Runtime", agent: Agent, task: "Task") -> str | None:
     return mode
 
 
-def _environ(rt: "Runtime", live: "LiveRun", url: str | None) -> dict[str, str]:
+def _environ(rt: Runtime, live: LiveRun, url: str | None, *, searchable: bool) -> dict[str, str]:
     row, claude = live.row, rt.config.claude
     span = SpanContext(row.trace_id, row.id)
     extra: dict[str, str] = {
@@ -85,6 +84,9 @@ def _environ(rt: "Runtime", live: "LiveRun", url: str | None) -> dict[str, str]:
     }
     if claude.base_url:
         extra["ANTHROPIC_BASE_URL"] = claude.base_url
+    if not searchable:
+        # A list of tools has no search tool, without which the CLI's deferred MCP tools could never be found.
+        extra["ENABLE_TOOL_SEARCH"] = "false"
     if url:
         extra[TOKEN_ENV] = rt.tokens.issue(row.id)
     return environment(rt.environ, home=rt.home, pass_env=claude.pass_env, extra={**extra, **claude.env})

@@ -3,7 +3,7 @@
 import json
 import logging
 import sys
-from collections.abc import Awaitable, Callable
+from collections.abc import Awaitable, Callable, Mapping
 from datetime import UTC, datetime
 from typing import Any, ParamSpec, TypeVar
 
@@ -47,6 +47,15 @@ def run_async(function: Callable[P, Awaitable[T]], *args: P.args, **kwargs: P.kw
         return await function(*args, **kwargs)
 
     return anyio.run(call)
+
+
+def exit_code(status: str, error: Mapping[str, Any] | None) -> int:
+    """0 ok · 1 failed · 3 cancelled or interrupted · 4 out of budget. (2, wrong use, is never a run.)"""
+    if status == "succeeded":
+        return 0
+    if status in ("cancelled", "interrupted"):
+        return 3
+    return 4 if (error or {}).get("code") == "budget_exceeded" else 1
 
 
 def print_json(value: Any) -> None:

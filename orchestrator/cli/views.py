@@ -10,7 +10,7 @@ from rich.table import Table
 from rich.text import Text
 from rich.tree import Tree
 
-from orchestrator.cli.common import duration, money, one_line, tokens, when
+from orchestrator.cli.common import duration, is_terminal, money, one_line, tokens, when
 from orchestrator.store import Run
 
 STYLES = {
@@ -24,6 +24,8 @@ STYLES = {
     "cancelled": "yellow",
     "skipped": "dim",
 }
+PIPE_WIDTH = 250
+
 MARKS = {
     "succeeded": "✓",
     "running": "●",
@@ -44,14 +46,17 @@ def runs_table(runs: Sequence[Run]) -> Table:
     table = Table(box=None, pad_edge=False, header_style="dim")
     for name in ("run", "status", "name", "model", "tokens", "cost", "time", "started", "prompt"):
         table.add_column(
-            name, no_wrap=True, overflow="ellipsis", justify="right" if name in ("tokens", "cost", "time") else "left"
+            name,
+            no_wrap=True,
+            overflow="ellipsis",
+            justify="right" if name in ("tokens", "cost", "time") else "left",
         )
     for run in runs:
         table.add_row(
             run.id,
             status_text(run.status),
             ("plan " if run.kind == "plan" else "") + run.name,
-            run.model_used or run.model_requested or "",
+            short_model(run.model_used or run.model_requested),
             tokens(run.usage.total_tokens) if run.kind == "agent" else "",
             money(run.cost_usd, run.cost_basis),
             duration(run.duration_ms),
@@ -64,7 +69,7 @@ def runs_table(runs: Sequence[Run]) -> Table:
 def steps_table(runs: Sequence[Run], statuses: Mapping[str, str]) -> Table:
     """The steps of a plan: each job with its run; jobs that never ran only with their status."""
     table = Table(box=None, pad_edge=False, header_style="dim")
-    for name in ("step", "status", "agent", "model", "session", "tokens", "cost", "time", "run"):
+    for name in ("step", "status", "agent", "model", "session", "tokens", "cost", "time"):
         table.add_column(name, no_wrap=True, justify="right" if name in ("tokens", "cost", "time") else "left")
     ran = {run.step: run for run in runs if run.step}
     for job in dict.fromkeys([*statuses, *ran]):
@@ -77,12 +82,11 @@ def steps_table(runs: Sequence[Run], statuses: Mapping[str, str]) -> Table:
             job,
             status_text(run.status),
             run.name,
-            run.model_used or run.model_requested or "",
+            short_model(run.model_used or run.model_requested),
             run.session_mode or "",
             tokens(run.usage.total_tokens),
             money(run.cost_usd, run.cost_basis),
             duration(run.duration_ms),
-            run.id,
         )
     return table
 
@@ -100,14 +104,15 @@ def runs_tree(runs: Sequence[Run], root_id: str, tools: Mapping[str, Sequence[st
 
 
 def _node(run: Run) -> Text:
-    line = Text.assemble(
-        status_text(run.status), " ", (run.name, "bold"), (f" {run.step}" if run.step else "", "dim")
-    )
+    line = Text(no_wrap=True, overflow="ellipsis")
+    line.append_text(status_text(run.status))
+    line.append(f" {run.name}", "bold")
+    line.append(f" {run.step}" if run.step else "")
     facts = [
-        run.model_used or run.model_requested or "",
         f"{tokens(run.usage.total_tokens)} tokens" if run.kind == "agent" else "plan",
         money(run.cost_usd, run.cost_basis),
         duration(run.duration_ms),
+        short_model(run.model_used or run.model_requested),
         {"continue": "continued", "fork": "forked"}.get(run.session_mode or "", ""),
         run.id,
     ]
@@ -179,7 +184,7 @@ class LiveView:
                 "  " * (row.depth - 1) + row.job,
                 status_text(row.status),
                 row.agent,
-                row.model,
+                short_model(row.model),
                 duration(took),
                 tokens(row.tokens),
                 money(row.cost_usd) if row.cost_usd is not None else "",
@@ -192,10 +197,16 @@ class LiveView:
         spent = sum(row.cost_usd or 0 for row in self.rows.values())
         used = sum(row.tokens for row in self.rows.values())
         facts = f"  {done}/{len(self.rows)} runs ended · {tokens(used)} tokens · {money(spent)}"
-        return Text.assemble((self.title, "bold"), (facts + f" · {duration(int((now - self.began) * 1000))}", "dim"))
+        return Text.assemble(
+            (self.title, "bold"), (facts + f" · {duration(int((now - self.began) * 1000))}", "dim")
+        )
 
 
-def console(*, stderr: bool = False) -> Console:
-    return Console(stderr=stderr, highlight=False)
+def console() -> Console:
+    """Standard output. A pipe has no width to fit into: nothing is cut there."""
+    return Console(highlight=False) if is_terminal() else Console(highlight=False, width=PIPE_WIDTH)
 
 
+def short_model(model: str | None) -> str:
+    """``claude-sonnet-5-5`` → ``sonnet-5-5``; the full name is in --json."""
+    return (model or "").removeprefix("claude-")

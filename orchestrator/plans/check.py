@@ -180,6 +180,9 @@ def _continued(draft: Draft, step_id: str) -> JobRef | None:
 def _templates(draft: Draft) -> Iterator[Fault]:
     for name, text in draft.head.outputs.items():
         yield from _template(draft, ("outputs", name), text, Scope(f"output '{name}'"))
+    if draft.head.workspace is not None:
+        scope = Scope("workspace.copy", steps=frozenset())
+        yield from _template(draft, ("workspace", "copy"), draft.head.workspace.copy_, scope)
     for key in ("model", "cwd"):
         scope = Scope(f"defaults.{key}", steps=frozenset())
         yield from _template(draft, ("defaults", key), getattr(draft.head.defaults, key) or "", scope)

@@ -69,12 +69,17 @@ class InputSpec(BaseModel):
 
 
 def bind_inputs(
-    specs: Mapping[str, InputSpec], values: Mapping[str, Any], *, base: Path | None = None
+    specs: Mapping[str, InputSpec],
+    values: Mapping[str, Any],
+    *,
+    base: Path | None = None,
+    default_base: Path | None = None,
 ) -> dict[str, Any]:
     """The value of every declared input, in declared order.
 
     A string given for another type is read as the command line means it: ``5``, ``true``, or JSON for arrays
-    and objects. A relative path is joined to ``base`` if one is given. Raises PlanError listing every problem.
+    and objects. A relative path that is given is joined to ``base``, one that is a default to ``default_base``:
+    who types a path means his directory, who writes a plan means the plan's. Raises PlanError with every problem.
     """
     problems = [f"unknown input '{name}'{suggestion(name, specs)}" for name in values if name not in specs]
     bound: dict[str, Any] = {}
@@ -84,7 +89,7 @@ def bind_inputs(
         elif spec.must_be_given:
             complaint = f"is required: give {name}=VALUE ({_described(spec)})"
         else:
-            bound[name], complaint = spec.default, None
+            bound[name], complaint = _default(spec, default_base), None
         if complaint:
             problems.append(f"input '{name}' {complaint}")
     if problems:
@@ -92,6 +97,12 @@ def bind_inputs(
             "; ".join(problems), details={"problems": problems}, advice="Correct the inputs given to the plan."
         )
     return bound
+
+
+def _default(spec: InputSpec, base: Path | None) -> Any:
+    if spec.type == "path" and base is not None and spec.default is not None:
+        return os.path.normpath(base / spec.default)
+    return spec.default
 
 
 def _bind_one(spec: InputSpec, value: Any, base: Path | None) -> tuple[Any, str | None]:

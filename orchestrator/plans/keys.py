@@ -8,14 +8,14 @@ from typing import Any, TypeVar
 from pydantic import BaseModel, ValidationError
 
 from orchestrator.plans.inputs import InputSpec
-from orchestrator.plans.model import ForEach, Limits, Options, PlanFile, Session, Step
+from orchestrator.plans.model import ForEach, Limits, Options, PlanFile, Session, Step, Workspace
 from orchestrator.plans.names import suggestion
 from orchestrator.yaml_lines import KeyPath
 
 M = TypeVar("M", bound=BaseModel)
 
 _NESTED: Mapping[type[BaseModel], Mapping[str | int, type[BaseModel]]] = {
-    PlanFile: {"inputs": InputSpec, "defaults": Options, "limits": Limits},
+    PlanFile: {"inputs": InputSpec, "defaults": Options, "limits": Limits, "workspace": Workspace},
     Step: {"for_each": ForEach, "session": Session},
 }
 

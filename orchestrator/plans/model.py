@@ -133,6 +133,16 @@ class Step(Options):
     session: Session = Session.model_validate("fresh")
 
 
+class Workspace(_Keys):
+    """Where the steps work instead of the directory the plan is started for.
+
+    ``copy`` is a template over the inputs: a directory that is copied anew for each run of the plan, so that
+    agents cannot change the original. Relative paths start from the plan file.
+    """
+
+    copy_: Annotated[str, Field(min_length=1, alias="copy")]
+
+
 class PlanFile(_Keys):
     """The keys at the top of a plan file, the steps apart: each is read by itself, to report all problems."""
 
@@ -142,6 +152,7 @@ class PlanFile(_Keys):
     inputs: dict[str, InputSpec] = {}
     defaults: Options = Options()
     limits: Limits = Limits()
+    workspace: Workspace | None = None
     steps: list[Any]
     outputs: dict[str, str] = {}
 
@@ -162,6 +173,7 @@ class Plan:
     outputs: Mapping[str, str]
     path: Path
     source: str = field(repr=False)
+    workspace: Workspace | None = None
     included: Mapping[str, str] = field(default_factory=dict, repr=False)
 
     @cached_property
@@ -172,8 +184,8 @@ class Plan:
         return hashlib.sha256(lengths_and_parts.encode()).hexdigest()
 
     def bind(self, values: Mapping[str, Any], *, base: Path | None = None) -> dict[str, Any]:
-        """The inputs of one run, as ``bind_inputs`` describes; relative paths are joined to ``base``."""
-        return bind_inputs(self.inputs, values, base=base)
+        """The inputs of one run, as ``bind_inputs`` describes; paths given are joined to ``base``."""
+        return bind_inputs(self.inputs, values, base=base, default_base=self.path.parent.absolute())
 
     def layers(self) -> list[list[str]]:
         """Step ids by the earliest round they can run in: each layer only depends on the ones before it."""

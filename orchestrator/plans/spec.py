@@ -197,6 +197,7 @@ def _plan(draft: Draft, path: Path, source: str, included: Mapping[str, str]) ->
         outputs=head.outputs,
         path=path,
         source=source,
+        workspace=head.workspace,
         included=included,
     )
 

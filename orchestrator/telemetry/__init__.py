@@ -84,7 +84,7 @@ def endpoint_of(environ: Mapping[str, str]) -> str | None:
 
 
 def cli_environment(config: Config, environ: Mapping[str, str], span: SpanContext, service: str) -> dict[str, str]:
-    """Variables that hang a CLI's work under ``span`` and, where traces are exported, have it send its own spans."""
+    """Variables that hang a CLI's work under ``span`` and, where spans are exported, have it send its own."""
     variables = {"TRACEPARENT": span.traceparent, "CLAUDE_CODE_PROPAGATE_TRACEPARENT": "1"}
     if not (config.telemetry.enabled and config.telemetry.cli_spans and endpoint_of(environ)):
         return variables

@@ -152,12 +152,15 @@ class ModelServer:
             reply = await _take(choice, request)
             if reply is not None:
                 return reply
-        unmatched = f"no rule of {self.name} matches request #{request.index + 1}: {request.describe()}; add a rule"
-        return self._refuse(unmatched)
+        described = request.describe()
+        # The CLI sends a refused request again in several forms: one warning for all of them.
+        known = any(described in why for why in self.unmatched)
+        unmatched = f"no rule of {self.name} matches request #{request.index + 1}: {described}; add a rule"
+        return self._refuse(unmatched, logging.DEBUG if known else logging.WARNING)
 
-    def _refuse(self, why: str) -> Reply:
+    def _refuse(self, why: str, level: int = logging.WARNING) -> Reply:
         self.unmatched.append(why)
-        logger.warning("%s", why)
+        logger.log(level, "%s", why)
         # 400 because the CLI repeats most other errors for minutes before it shows them.
         return Reply(fault=Fault(status=400, message=why))
 

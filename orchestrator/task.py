@@ -1,0 +1,38 @@
+"""What is asked of an agent."""
+
+from pathlib import Path
+from typing import Any
+
+from pydantic import BaseModel, ConfigDict, Field
+
+from orchestrator.tracing import SpanContext
+
+
+class Task(BaseModel):
+    """What is asked of an agent. Times are seconds, money is USD; None means the configured default.
+
+    ``session`` is a session id to go on with; with ``fork`` a copy of it is gone on with and it stays as it is.
+    ``parent_id`` is the run that delegates; ``parent_span`` the exact caller inside or outside of it.
+    ``allowed_tools`` are permission rules granted on top of the agent's file (``Bash(git *)``).
+    """
+
+    model_config = ConfigDict(extra="forbid", frozen=True, arbitrary_types_allowed=True)
+
+    agent: str
+    prompt: str
+    session: str | None = None
+    fork: bool = False
+    model: str | None = None
+    cwd: Path | None = None
+    effort: str | None = None
+    permission_mode: str | None = None
+    allowed_tools: tuple[str, ...] = ()
+    output_schema: dict[str, Any] | None = None
+    timeout_s: float | None = Field(None, gt=0)
+    idle_timeout_s: float | None = Field(None, gt=0)
+    budget_usd: float | None = Field(None, ge=0)
+    max_turns: int | None = Field(None, ge=1)
+    parent_id: str | None = None
+    parent_span: SpanContext | None = None
+    step: str | None = None
+    caller: dict[str, Any] | None = None

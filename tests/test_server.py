@@ -1,0 +1,396 @@
+"""The served runtime: the HTTP door and its checks, the line door, one server per data directory, its end."""
+
+import json
+import os
+import socket
+import stat
+from collections.abc import AsyncIterator, Callable
+from contextlib import AbstractAsyncContextManager, asynccontextmanager
+from pathlib import Path
+from typing import Any
+
+import anyio
+import httpx2
+import pytest
+from anyio.abc import TaskGroup
+from mcp import Client, MCPError
+from mcp.client.streamable_http import streamable_http_client
+from mcp_types import TextContent
+
+from mcp_tools import open_door, open_doors
+from orchestrator import __version__
+from orchestrator.delegate import Task, submit, wait
+from orchestrator.errors import ServerUnavailableError
+from orchestrator.runtime import Runtime
+from orchestrator.server import ServerState, claimed, read_state, serve, server_token, write_private
+from orchestrator.testing import ModelServer, Request, Rule
+from orchestrator.tracing import SpanContext, new_run_id, new_trace_id
+
+Open = Callable[..., AbstractAsyncContextManager[Runtime]]
+TOKEN = "the-token-of-the-test"
+
+
+class Gate:
+    """A model that answers when the test lets it."""
+
+    def __init__(self) -> None:
+        self.opened = anyio.Event()
+
+    async def __call__(self, request: Request) -> str:
+        await self.opened.wait()
+        return "at last"
+
+
+@asynccontextmanager
+async def connected(url: str, token: str, *, mode: str = "auto", **headers: str) -> AsyncIterator[Client]:
+    """An MCP client over HTTP."""
+    async with httpx2.AsyncClient(headers={"authorization": f"Bearer {token}", **headers}, timeout=30) as http:
+        async with Client(streamable_http_client(url, http_client=http), mode=mode) as client:
+            yield client
+
+
+async def call(client: Client, tool: str, **arguments: Any) -> str:
+    [block] = (await client.call_tool(tool, arguments)).content
+    assert isinstance(block, TextContent)
+    return block.text
+
+
+@pytest.fixture
+async def url(rt: Runtime) -> AsyncIterator[str]:
+    """The URL of ``rt``'s HTTP door."""
+    async with open_doors(rt, token=TOKEN) as doors:
+        yield doors.url
+
+
+# -- the HTTP door ------------------------------------------------------------------------------------------
+
+
+async def test_requests_are_checked(rt: Runtime, url: str) -> None:
+    base = url.removesuffix("/mcp")
+    good = {"authorization": f"Bearer {TOKEN}"}
+    async with httpx2.AsyncClient(base_url=base) as http:
+
+        async def status(path: str, **headers: str) -> int:
+            return (await http.get(path, headers=headers)).status_code
+
+        assert await status("/healthz") == 200
+        assert (await http.get("/healthz")).json() == {"ok": True, "version": __version__}
+        assert await status("/readyz", **good) == 200
+        for path in ("/mcp", "/readyz", "/", "/nothing"):
+            assert await status(path) == 401
+        for wrong in ("Bearer wrong", f"Basic {TOKEN}", TOKEN, "Bearer", "Bearer é"):
+            response = await http.get("/readyz", headers={"authorization": wrong.encode()})
+            assert response.status_code == 401
+            # Anything about OAuth here would send clients looking for an authorization server.
+            assert response.headers["www-authenticate"] == "Bearer"
+        for path in ("/healthz", "/mcp", "/readyz"):
+            assert await status(path, **good, host="rebound.example") == 421
+            assert await status(path, **good, host="127.0.0.1:1") == 421
+            assert await status(path, **good, origin="http://rebound.example") == 403
+            assert await status(path, **good, origin=base.replace("http", "https")) == 403
+        assert await status("/readyz", **good, origin=base) == 200
+        rt.closing = True
+        assert await status("/readyz", **good) == 503
+
+
+@pytest.mark.parametrize("mode", ["auto", "legacy"])
+async def test_a_client_over_http(model: ModelServer, url: str, mode: str) -> None:
+    model.rules = [Rule("over http")]
+    async with connected(url, TOKEN, mode=mode) as client:
+        assert len((await client.list_tools()).tools) == 6
+        assert (await call(client, "delegate", agent="helper", prompt="x")).startswith("over http\n")
+
+
+async def test_a_client_with_a_wrong_token(url: str) -> None:
+    with pytest.Raises((MCPError, ExceptionGroup)):
+        async with connected(url, "wrong") as client:
+            await client.list_tools()
+
+
+async def test_a_prompt_of_megabytes(model: ModelServer, url: str) -> None:
+    model.rules = [Rule(lambda request: f"{request.last_user_text.count('line')} lines")]
+    async with connected(url, TOKEN) as client:
+        prompt = "a line\n" * 700_000
+        assert (await call(client, "delegate", agent="helper", prompt=prompt)).startswith("700000 lines\n")
+
+
+async def test_progress_over_http(model: ModelServer, url: str) -> None:
+    gate = Gate()
+    model.rules = [Rule(gate)]
+
+    async def hear(progress: float, total: float | None, message: str | None) -> None:
+        assert message
+        gate.opened.set()
+
+    async with connected(url, TOKEN) as client:
+        with anyio.fail_after(20):
+            result = await client.call_tool("delegate", {"agent": "helper", "prompt": "x"}, progress_callback=hear)
+        assert not result.is_error
+
+
+@pytest.mark.parametrize(("options", "status"), [({}, "succeeded"), ({"cancel_on_disconnect": True}, "cancelled")])
+async def test_a_connection_that_breaks(
+    rt: Runtime, model: ModelServer, url: str, options: dict[str, Any], status: str
+) -> None:
+    gate = Gate()
+    model.rules = [Rule(gate)]
+    body = {
+        "jsonrpc": "2.0",
+        "id": 1,
+        "method": "tools/call",
+        "params": {
+            "name": "delegate",
+            "arguments": {"agent": "helper", "prompt": "go on", **options},
+            "_meta": {
+                "io.modelcontextprotocol/protocolVersion": "2026-07-28",
+                "io.modelcontextprotocol/clientCapabilities": {},
+                "progressToken": 7,
+            },
+        },
+    }
+    headers = {
+        "authorization": f"Bearer {TOKEN}",
+        "accept": "application/json, text/event-stream",
+        "mcp-protocol-version": "2026-07-28",
+        "mcp-method": "tools/call",
+        "mcp-name": "delegate",
+    }
+    async with (
+        httpx2.AsyncClient(timeout=30) as http,
+        http.stream("POST", url, json=body, headers=headers) as answer,
+    ):
+        assert answer.status_code == 200
+        await model.wait_for("go on")
+
+    [row] = await rt.store.runs()
+    if status == "cancelled":
+        with anyio.fail_after(10):
+            assert (await wait(rt, row.id)).status == status
+    gate.opened.set()
+    with anyio.fail_after(10):
+        assert (await wait(rt, row.id)).status == status
+
+
+# -- tokens of runs -----------------------------------------------------------------------------------------
+
+
+async def test_a_runs_token_is_that_run(rt: Runtime, model: ModelServer) -> None:
+    gate = Gate()
+    model.rules = [Rule(gate, when={"user_contains": "outer"}), Rule("inner")]
+    async with open_door(rt) as door:
+        outer = await submit(rt, Task(agent="worker", prompt="outer"))
+        trace_id = (await rt.store.run(outer)).trace_id
+        token = rt.tokens.issue(outer)
+        inside, outside = SpanContext(trace_id, new_run_id()), SpanContext(new_trace_id(), new_run_id())
+        for span in (inside, outside):
+            async with connected(door.url, token, traceparent=span.traceparent) as client:
+                await call(client, "delegate", agent="helper", prompt="x")
+        gate.opened.set()
+        await wait(rt, outer)
+
+        async with httpx2.AsyncClient() as http:
+            late = await http.get(door.url, headers={"authorization": f"Bearer {token}"})
+
+    first, second = [run for run in await rt.store.tree(outer) if run.depth == 2]
+    assert {(run.parent_id, run.trace_id) for run in (first, second)} == {(outer, trace_id)}
+    # A span of another trace is not where a child of this run can hang.
+    assert (first.parent_span_id, second.parent_span_id) == (inside.span_id, None)
+    assert late.status_code == 401
+
+
+async def test_a_door_for_agents_has_no_other_key(rt: Runtime) -> None:
+    async with open_doors(rt) as doors, httpx2.AsyncClient() as http:
+        assert doors.line_port is None
+        for token in ("", "None", TOKEN):
+            assert (await http.get(doors.url, headers={"authorization": f"Bearer {token}"})).status_code == 401
+
+
+# -- the line door ------------------------------------------------------------------------------------------
+
+
+class Wire:
+    """A raw connection to the line door."""
+
+    def __init__(self, stream: anyio.abc.SocketStream) -> None:
+        self.stream = stream
+        self._buffer = b""
+
+    async def say(self, value: Any) -> None:
+        line = value if isinstance(value, bytes) else json.dumps(value).encode()
+        await self.stream.send(line + b"\n")
+
+    async def hear(self) -> Any:
+        with anyio.fail_after(10):
+            while b"\n" not in self._buffer:
+                self._buffer += await self.stream.receive()
+        line, _, self._buffer = self._buffer.partition(b"\n")
+        return json.loads(line)
+
+    async def ended(self) -> bool:
+        with anyio.fail_after(10), pytest.raises((anyio.EndOfStream, anyio.BrokenResourceError)):
+            await self.stream.receive()
+        return True
+
+
+@pytest.fixture
+async def dial(rt: Runtime) -> AsyncIterator[Callable[[], Any]]:
+    """Connects to ``rt``'s line door."""
+    async with open_doors(rt, token=TOKEN) as doors:
+        assert doors.line_port
+
+        @asynccontextmanager
+        async def one() -> AsyncIterator[Wire]:
+            async with await anyio.connect_tcp("127.0.0.1", doors.line_port or 0) as stream:
+                yield Wire(stream)
+
+        yield one
+
+
+@pytest.mark.parametrize("hello", [{"token": "wrong"}, {"token": None}, {}, [TOKEN], b"GET / HTTP/1.1", b"\xff"])
+async def test_the_line_door_wants_the_token(dial: Any, hello: Any) -> None:
+    async with dial() as wire:
+        await wire.say(hello)
+        assert await wire.hear() == {"ok": False, "error": "the token is wrong"}
+        assert await wire.ended()
+
+
+async def test_a_hello_is_short(dial: Any) -> None:
+    async with dial() as wire:
+        await wire.say({"token": TOKEN, "version": "x" * 5000})
+        assert await wire.ended()
+
+
+async def test_the_line_door_answers_what_is_not_a_message(dial: Any) -> None:
+    async with dial() as wire:
+        await wire.say({"token": TOKEN})
+        assert await wire.hear() == {"ok": True, "version": __version__}
+        await wire.say(b"{broken")
+        assert (await wire.hear())["error"]["code"] == -32700
+        await wire.say({"jsonrpc": "2.0", "id": 5, "method": 7})
+        answer = await wire.hear()
+        assert (answer["id"], answer["error"]["code"]) == (5, -32600)
+        await wire.say({"jsonrpc": "2.0", "id": 6, "method": "ping"})
+        assert (await wire.hear())["id"] == 6
+
+
+# -- serve --------------------------------------------------------------------------------------------------
+
+
+async def start(tg: TaskGroup, rt: Runtime) -> ServerState:
+    state = await tg.start(serve, rt, open_doors)
+    assert isinstance(state, ServerState)
+    return state
+
+
+async def test_serve_from_start_to_signal(rt: Runtime, model: ModelServer) -> None:
+    model.rules = [Rule(Gate())]
+    data = rt.config.data_path
+    answers: list[str] = []
+    async with anyio.create_task_group() as tg:
+        state = await start(tg, rt)
+        assert read_state(data) == state
+        assert (state.pid, state.version, state.token) == (os.getpid(), __version__, server_token(data))
+        assert state.token not in repr(state)
+        for name in ("server.json", "server.token"):
+            assert stat.S_IMODE((data / name).stat().st_mode) == 0o600
+        assert await rt.endpoint() == state.url
+
+        async with connected(state.url, state.token) as client:
+
+            async def delegates() -> None:
+                answers.append(await call(client, "delegate", agent="helper", prompt="long work"))
+
+            tg.start_soon(delegates)
+            await model.wait_for("long work")
+            with anyio.fail_after(3):
+                os.kill(os.getpid(), 15)
+                while not answers:
+                    await anyio.wait_all_tasks_blocked()
+
+    # Who waited has been told what became of the run, and that it may be tried again.
+    assert '"code":"cancelled","retryable":true' in answers[0]
+    assert "shutting down" in answers[0]
+    assert read_state(data) is None
+    with pytest.raises(ConnectionRefusedError):
+        socket.create_connection(("127.0.0.1", state.line_port), 1).close()
+
+
+@pytest.mark.parametrize("mode", ["auto", "legacy"])
+async def test_open_streams_do_not_hold_the_end_up(rt: Runtime, mode: str) -> None:
+    async with anyio.create_task_group() as tg:
+        state = await start(tg, rt)
+        async with connected(state.url, state.token, mode=mode) as client:
+            if mode == "auto":
+                async with client.listen(tools_list_changed=True):
+                    with anyio.fail_after(3):
+                        os.kill(os.getpid(), 2)
+                        while read_state(rt.config.data_path) is not None:
+                            await anyio.wait_all_tasks_blocked()
+            else:
+                await client.list_tools()
+                os.kill(os.getpid(), 2)
+        with anyio.move_on_after(3) as slow:
+            while True:
+                await anyio.sleep(0.02)
+                async with httpx2.AsyncClient() as http:
+                    try:
+                        await http.get(state.url.replace("/mcp", "/healthz"))
+                    except httpx2.ConnectError:
+                        break
+        assert not slow.cancelled_caught
+
+
+async def test_one_server_per_data_directory(rt: Runtime, runtime: Open) -> None:
+    async with anyio.create_task_group() as tg:
+        state = await start(tg, rt)
+        async with runtime() as second:
+            with pytest.raises(ServerUnavailableError) as refused:
+                await serve(second, open_doors)
+        tg.cancel_scope.cancel()
+
+    assert f"process {os.getpid()} at {state.url}" in refused.value.message
+    assert f"kill {os.getpid()}" in refused.value.advice
+    assert not refused.value.retryable
+
+
+async def test_a_data_directory_is_free_again(tmp_path: Path) -> None:
+    order = []
+
+    async def other() -> None:
+        async with claimed(tmp_path):
+            order.append("other")
+
+    async with anyio.create_task_group() as tg:
+        async with claimed(tmp_path):
+            tg.start_soon(other)
+            await anyio.wait_all_tasks_blocked()
+            order.append("first")
+    assert order == ["first", "other"]
+
+
+async def test_an_address_that_is_taken(rt: Runtime) -> None:
+    with socket.create_server(("127.0.0.1", 0)) as taken:
+        with pytest.raises(ServerUnavailableError, match="cannot listen on 127.0.0.1:"):
+            await serve(rt, open_doors, port=taken.getsockname()[1])
+    async with claimed(rt.config.data_path):
+        pass
+
+
+async def test_the_token_stays(tmp_path: Path) -> None:
+    token = server_token(tmp_path)
+    assert len(token) >= 40
+    assert server_token(tmp_path) == token
+
+
+@pytest.mark.parametrize("text", ["", "{", "[]", '{"pid": 1}', '{"pid": "x", "url": 1}', "null"])
+async def test_a_state_file_that_says_nothing(tmp_path: Path, text: str) -> None:
+    write_private(tmp_path / "server.json", text)
+    assert read_state(tmp_path) is None
+
+
+async def test_the_state_of_a_server_that_is_gone(tmp_path: Path) -> None:
+    state = {"pid": 2**22 + 1, "url": "u", "line_port": 1, "token": "t", "version": "v", "started_us": 1}
+    write_private(tmp_path / "server.json", json.dumps(state))
+    assert read_state(tmp_path) is None
+    write_private(tmp_path / "server.json", json.dumps({**state, "pid": os.getpid()}))
+    assert read_state(tmp_path) is not None
