@@ -51,8 +51,9 @@ async def open_doors(
         app = http_app(rt, server, hosts=_names(host, port), token=token, routes=routes)
         inner = server.session_manager.app
         line_door = open_line_door(inner, token) if token is not None else nullcontext()
-        async with server.session_manager.run(), _serving(app, listener, inner), line_door as line_port:
-            yield OpenDoors(f"http://{_names(host, port)[0]}/mcp", line_port)
+        with unwrapped():
+            async with server.session_manager.run(), _serving(app, listener, inner), line_door as line_port:
+                yield OpenDoors(f"http://{_names(host, port)[0]}/mcp", line_port)
 
 
 def http_app(
@@ -176,14 +177,13 @@ async def _serving(app: ASGIApp, listener: socket.socket, inner: "Server[object]
         with anyio.CancelScope(shield=True):
             await server.serve(sockets=[listener])
 
-    with unwrapped():
-        async with anyio.create_task_group() as tg:
-            tg.start_soon(run)
-            try:
-                yield
-            finally:
-                close_listeners(inner)
-                server.should_exit = True
+    async with anyio.create_task_group() as tg:
+        tg.start_soon(run)
+        try:
+            yield
+        finally:
+            close_listeners(inner)
+            server.should_exit = True
 
 
 def close_listeners(server: "Server[object]") -> None:

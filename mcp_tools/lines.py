@@ -58,13 +58,12 @@ async def open_line_door(server: Server[Any], token: str) -> AsyncIterator[int]:
     unanswered = Unanswered()
     async with listener, server.lifespan(server) as state:
         door = _Door(server, state, token, unanswered)
-        with unwrapped():
-            async with anyio.create_task_group() as tg:
-                tg.start_soon(listener.serve, door.connection)
-                yield listener.extra(SocketAttribute.local_port)  # noqa: S610  # anyio's extra, not Django's
-                with anyio.move_on_after(GRACE_SECONDS):
-                    await unanswered.none()
-                tg.cancel_scope.cancel()
+        async with anyio.create_task_group() as tg:
+            tg.start_soon(listener.serve, door.connection)
+            yield listener.extra(SocketAttribute.local_port)  # noqa: S610  # anyio's extra, not Django's
+            with anyio.move_on_after(GRACE_SECONDS):
+                await unanswered.none()
+            tg.cancel_scope.cancel()
 
 
 class Unanswered:

@@ -22,9 +22,9 @@ from orchestrator.errors import (
     OrchestratorError,
     PromptError,
     RunCancelledError,
-    RunInterruptedError,
     RunTimeoutError,
     SessionBusyError,
+    SessionNotFoundError,
     StructuredOutputError,
 )
 from orchestrator.groups import unwrapped
@@ -32,7 +32,7 @@ from orchestrator.limits import Budget, check_depth
 from orchestrator.messages import KeepAlive, Message, StreamEvent
 from orchestrator.outcome import Outcome, RunStatus
 from orchestrator.runtime import LiveRun, Runtime
-from orchestrator.specs import build_spec
+from orchestrator.specs import build_spec, permission_mode
 from orchestrator.store import Run, SessionRow, now_us
 from orchestrator.task import Task
 from orchestrator.tracing import new_run_id, new_trace_id
@@ -74,11 +74,14 @@ async def submit(rt: Runtime, task: Task) -> str:
         raise RunCancelledError("the orchestrator is shutting down", retryable=True)
     agent = rt.catalog.get(task.agent)
     check_prompt(task.prompt, rt.config.limits.max_prompt_bytes)
+    permission_mode(rt, agent, task)
     live = await _prepare(rt, agent, task)
     rt.live[live.row.id] = live
     try:
         await rt.store.create_run(live.row)
         await _take_session(rt, agent, live.row)
+        if live.parent is not None and live.parent.stop_error is not None:
+            raise RunCancelledError(f"run {live.parent.row.id}, which delegates this one, is being stopped")
     except BaseException:
         with anyio.CancelScope(shield=True):
             await _withdraw(rt, live)
@@ -143,7 +146,7 @@ async def _prepare(rt: Runtime, agent: Agent, task: Task) -> LiveRun:
     check_depth(depth, rt.config.limits.max_depth)
     budget = Budget(_limit(rt, task, parent), parent=live_parent.budget if live_parent else None)
     budget.check()
-    source = await rt.store.session(task.session) if task.session else None
+    source = await _source(rt, task.session) if task.session else None
     mode = session_mode(task)
     if mode == "fork" and source is not None and source.locked_by:
         raise SessionBusyError(
@@ -179,6 +182,24 @@ async def _prepare(rt: Runtime, agent: Agent, task: Task) -> LiveRun:
         instance_id=rt.store.instance_id,
     )
     return LiveRun(row, budget, touched=time.monotonic(), parent=live_parent)
+
+
+async def _source(rt: Runtime, session_id: str) -> SessionRow:
+    """The session to go on with. Raises SessionNotFoundError where the CLI would not find its transcript."""
+    try:
+        session = await rt.store.session(session_id)
+    except SessionNotFoundError:
+        for run in await rt.store.runs(session_id=session_id, limit=1):
+            raise SessionNotFoundError(
+                f"session {session_id} never came to be: run {run.id} ended ({run.status}) before the CLI began"
+            ) from None
+        raise
+    if Path(session.home) != rt.home:
+        raise SessionNotFoundError(
+            f"session {session_id} is kept under another HOME: {session.home}; this runtime's is {rt.home}",
+            advice="Set claude.home to the HOME that keeps the session, or start a fresh one.",
+        )
+    return session
 
 
 def session_mode(task: Task) -> SessionMode:
@@ -234,9 +255,13 @@ async def _take_session(rt: Runtime, agent: Agent, row: Run) -> None:
 
 
 async def _withdraw(rt: Runtime, live: LiveRun) -> None:
-    """A run that was refused after its row was written never began: it leaves no row."""
-    rt.live.pop(live.row.id, None)
-    await rt.store.delete_run(live.row.id)
+    """A run that was refused after its row was written never began: it leaves no row, and holds no session."""
+    row = live.row
+    rt.live.pop(row.id, None)
+    await rt.store.finish_run(row)
+    await rt.store.delete_run(row.id)
+    if row.session_mode != "continue" and row.session_id is not None:
+        await rt.store.forget_session(row.session_id)
 
 
 # -- working ------------------------------------------------------------------------------------------------
@@ -244,7 +269,7 @@ async def _withdraw(rt: Runtime, live: LiveRun) -> None:
 
 async def _execute(rt: Runtime, live: LiveRun, agent: Agent, task: Task) -> None:
     """The whole life of a run in a task of its own. Whatever happens, its end is written."""
-    error: OrchestratorError | None = RunInterruptedError("the run was torn down")
+    error: OrchestratorError | None = RunCancelledError("the orchestrator was stopped", retryable=True)
     try:
         with live.scope:
             async with rt.slot(live.row.depth):
@@ -274,12 +299,14 @@ async def _converse(rt: Runtime, live: LiveRun, agent: Agent, task: Task) -> Non
     """One turn with the CLI; sets the verdict on ``live``."""
     limits = rt.config.limits
     wall, idle = task.timeout_s or limits.timeout_s, task.idle_timeout_s or limits.idle_timeout_s
+    live.budget.check()  # others may have spent it while this run waited for its place
     spec = await build_spec(rt, live, agent, task)
     async with rt.connect(spec) as conversation:
         try:
             with unwrapped():
                 async with anyio.create_task_group() as tg:
                     tg.start_soon(_watch_time, live, wall, idle)
+                    tg.start_soon(_note_text, rt, live)
                     tg.start_soon(conversation.send, _first_words(agent, live.row, task))
                     await _listen(rt, live, conversation)
                     tg.cancel_scope.cancel()
@@ -299,7 +326,6 @@ def _first_words(agent: Agent, row: Run, task: Task) -> str:
 
 async def _listen(rt: Runtime, live: LiveRun, conversation: Conversation) -> None:
     """Take in messages up to the result, each recorded before it is acted upon."""
-    written = time.monotonic()
     while live.progress.result is None:
         await take(rt, live, await conversation.receive())
         if live.progress.unreadable is not None:
@@ -308,9 +334,15 @@ async def _listen(rt: Runtime, live: LiveRun, conversation: Conversation) -> Non
             if (fatal := rt.dialect.fatal(live.progress.last_retry)) is not None:
                 raise fatal
             live.budget.check()
-        if time.monotonic() - written > TEXT_SECONDS:
-            written = time.monotonic()
-            await rt.store.note_progress(live.row.id, text=live.progress.text)
+
+
+async def _note_text(rt: Runtime, live: LiveRun) -> None:
+    noted = ""
+    while True:
+        await anyio.sleep(TEXT_SECONDS)
+        if (text := live.progress.text) != noted:
+            noted = text
+            await rt.store.note_progress(live.row.id, text=text)
 
 
 async def take(rt: Runtime, live: LiveRun, message: Message) -> None:
@@ -368,13 +400,15 @@ def verdict(rt: Runtime, live: LiveRun, schema_asked: bool) -> OrchestratorError
 _STATUS: Mapping[type[OrchestratorError], RunStatus] = {
     RunCancelledError: "cancelled",
     RunTimeoutError: "timed_out",
-    RunInterruptedError: "interrupted",
 }
 
 
 async def _end(rt: Runtime, live: LiveRun, error: OrchestratorError | None) -> None:
     """Write the end, then tell."""
     row, progress, result = live.row, live.progress, live.progress.result
+    before = progress.cost_usd or 0.0
+    progress.cut_short()
+    live.budget.charge((progress.cost_usd or 0.0) - before)
     row.status = "succeeded" if error is None else _STATUS.get(type(error), "failed")
     row.error = error.to_dict() if error else None
     row.text = progress.text

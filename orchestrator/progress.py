@@ -77,6 +77,7 @@ class Progress:
         elif message.thinking_delta is not None:
             self.activity = "thinking"
         if kind == "message_start":
+            self._streaming.clear()  # of an attempt that broke off and is made again
             self._request = {"model": message.event.get("message", {}).get("model"), **(message.usage or {})}
         elif kind == "message_delta" and self._request:
             self._count({**self._request, **{k: v for k, v in (message.usage or {}).items() if v is not None}})
@@ -96,6 +97,12 @@ class Progress:
             self.unpriced = True
         else:
             self.cost_usd = (self.cost_usd or 0.0) + price
+
+    def cut_short(self) -> None:
+        """The turn has ended. A request left open, with no result to tell its price, has cost its input at least."""
+        if self.result is None and self._request:
+            self._count(self._request)
+            self._request = {}
 
     def _assistant(self, message: AssistantMessage) -> None:
         if message.message.model == SYNTHETIC_MODEL or message.error:

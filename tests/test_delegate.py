@@ -1,6 +1,7 @@
 """A run from its request to its record: the real CLI works, only the model's words are scripted."""
 
 import json
+import sys
 from collections.abc import Callable
 from contextlib import AbstractAsyncContextManager
 from pathlib import Path
@@ -9,7 +10,7 @@ from typing import Any
 import anyio
 import pytest
 
-from orchestrator.delegate import Task, cancel, delegate, submit, wait
+from orchestrator.delegate import cancel, delegate, submit, wait
 from orchestrator.errors import (
     AgentError,
     AgentNotFoundError,
@@ -21,6 +22,7 @@ from orchestrator.errors import (
 from orchestrator.outcome import Outcome, Usage
 from orchestrator.runtime import Runtime
 from orchestrator.store import Run, open_store
+from orchestrator.task import Task
 from orchestrator.testing import ModelServer, Reply, Request, Rule, Text, ToolUse
 from orchestrator.testing import Usage as Tokens
 from tests.conftest import DUMMY_KEY, write_agent
@@ -164,7 +166,6 @@ async def test_first_request_of_a_small_agent(rt: Runtime, model: ModelServer) -
     assert request.tools == ["Read"]
     assert request.size <= 6 * 1024
     assert "You are the helper." in request.system
-    assert "interactive CLI tool" not in request.system
     assert request.texts == ["go"]
 
 
@@ -258,6 +259,39 @@ async def test_rules_of_file_and_task_grant_what_the_mode_does_not(
     assert [result.is_error for result in model.journal[3].tool_results] == [False, False]
 
 
+MCP_SERVER = """\
+import json, sys
+TOOL = {"name": "ping", "description": "Ping.", "inputSchema": {"type": "object"}}
+ANSWERS = {
+    "initialize": {
+        "protocolVersion": "2025-11-25", "capabilities": {"tools": {}}, "serverInfo": {"name": "x", "version": "1"},
+    },
+    "tools/list": {"tools": [TOOL]},
+    "tools/call": {"content": [{"type": "text", "text": "pong"}]},
+}
+for line in sys.stdin:
+    asked = json.loads(line)
+    if "id" in asked:
+        error = {"code": -32601, "message": "unknown"}
+        result = ANSWERS.get(asked["method"])
+        answer = {"error": error} if result is None else {"result": result}
+        print(json.dumps({"jsonrpc": "2.0", "id": asked["id"], **answer}), flush=True)
+"""
+
+
+async def test_tools_of_the_files_own_mcp_server(rt: Runtime, model: ModelServer, project: Path) -> None:
+    """They are on offer at once: an agent with a list of tools could not search for them."""
+    server = project / "server.py"
+    server.write_text(MCP_SERVER)
+    servers = json.dumps({"x": {"command": sys.executable, "args": [str(server)]}})
+    write_agent(project, "pinger", tools="Read, mcp__x__ping", mcpServers=servers)
+    rt.catalog.load()
+    model.rules = [step(ToolUse("mcp__x__ping", {}), tool_result=False), step("It answers.", tool_result="pong")]
+    outcome = await delegate(rt, Task(agent="pinger", prompt="x"))
+    assert outcome.text == "It answers."
+    assert model.journal[0].tools == ["Read", "mcp__x__ping"]
+
+
 async def test_where_the_agent_works(rt: Runtime, model: ModelServer, project: Path) -> None:
     (project / "sub").mkdir()
     model.rules = [step(ToolUse("Bash", {"command": "pwd"}), tool_result=False), step("ok", tool_result=True)]
@@ -319,7 +353,7 @@ async def test_nothing_of_our_environment_leaks(runtime: OpenRuntime, model: Mod
         "WANTED": "yes",
     }
     async with runtime(env=hostile, claude__pass_env=["WANTED"], claude__env__EXTRA="set") as rt:
-        outcome = await delegate(rt, Task(agent="worker", prompt="x"))
+        outcome = await delegate(rt, Task(agent="worker", prompt="x", allowed_tools=("Bash(env)",)))
     printed = model.journal[1].tool_results[0].text
     variables = dict(line.split("=", 1) for line in printed.splitlines() if "=" in line)
     assert "secret" not in printed
@@ -332,13 +366,6 @@ async def test_nothing_of_our_environment_leaks(runtime: OpenRuntime, model: Mod
     assert "1" * 32 not in variables.get("TRACEPARENT", "")
     assert model.journal[0].model == "claude-opus-5-5"
     assert model.journal[0].headers["x-api-key"] == DUMMY_KEY
-
-
-async def test_model_requests_belong_to_the_trace_of_the_run(rt: Runtime, model: ModelServer) -> None:
-    model.rules = [Rule("ok")]
-    outcome = await delegate(rt, Task(agent="helper", prompt="x"))
-    run = await rt.store.run(outcome.run_id)
-    assert (model.journal[0].traceparent or "").split("-")[1] == run.trace_id
 
 
 # --- Refused before anything is spent
@@ -438,6 +465,34 @@ async def test_children_share_what_their_parent_has_left(rt: Runtime, model: Mod
     child = await rt.store.run(first.run_id)
     assert (child.parent_id, child.root_id, child.depth) == (parent_id, parent_id, 2)
     assert child.trace_id == (await rt.store.run(parent_id)).trace_id
+
+
+async def test_a_budget_used_up_while_a_run_waits(runtime: OpenRuntime, model: ModelServer) -> None:
+    spent, answer = anyio.Event(), anyio.Event()
+
+    async def parent(request: Request) -> Reply:
+        await answer.wait()
+        return Reply("parent done")
+
+    async def spender(request: Request) -> Reply:
+        await spent.wait()
+        return Reply("all of it", usage=Tokens(input=100_000))
+
+    model.rules = [
+        Rule(parent, when={"user_contains": "parent"}),
+        Rule(spender, when={"user_contains": "spend"}),
+    ]
+    async with runtime(limits__max_processes=1) as rt:
+        parent_id = await submit(rt, Task(agent="helper", prompt="parent", budget_usd=0.3))
+        first = await submit(rt, Task(agent="helper", prompt="spend", parent_id=parent_id))
+        await model.wait_for("spend")
+        second = await submit(rt, Task(agent="helper", prompt="too late", parent_id=parent_id))
+        spent.set()
+        with anyio.fail_after(10):
+            assert error_code(await wait(rt, first)) == "budget_exceeded"
+            outcome = await wait(rt, second)
+        assert (error_code(outcome), outcome.cost_usd) == ("budget_exceeded", 0)
+        assert not model.requests(text="too late")
 
 
 async def test_depth_is_limited(runtime: OpenRuntime, model: ModelServer) -> None:

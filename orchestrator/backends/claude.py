@@ -50,6 +50,8 @@ _ALWAYS = (
     "--include-partial-messages",
     # What a run may use is what its spec says, whatever lies in the directory it works in.
     "--strict-mcp-config",
+    # Else a session goes on with the system prompt it began with, whoever continues it and whatever his file says now.
+    "--system-prompt-snapshot=off",
 )
 
 
