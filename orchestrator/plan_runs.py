@@ -15,7 +15,13 @@ from typing import Any
 import anyio
 
 from orchestrator.delegate import conclude, delegate, summary, wait
-from orchestrator.errors import OrchestratorError, PlanError, RunCancelledError, RunInterruptedError
+from orchestrator.errors import (
+    BudgetExceededError,
+    OrchestratorError,
+    PlanError,
+    RunCancelledError,
+    RunInterruptedError,
+)
 from orchestrator.limits import Budget
 from orchestrator.outcome import Outcome
 from orchestrator.plans import Plan, PlanState, StepChange, StepJob, drive
@@ -195,6 +201,9 @@ def _tell(rt: Runtime, run_id: str, change: StepChange) -> None:
 
 async def _end(rt: Runtime, live: LiveRun, state: PlanState, error: OrchestratorError | None) -> None:
     row, outcome = live.row, state.outcome()
+    if error is None and outcome.status == "failed" and live.budget.remaining == 0.0:
+        # Steps fail one by one when the money is gone; the plan has one reason.
+        error = BudgetExceededError(str((outcome.error or {}).get("message")))
     row.status = outcome.status if error is None else live_status(error)
     row.error = error.to_dict() if error else outcome.error
     row.text, row.structured = outcome.text, outcome.structured

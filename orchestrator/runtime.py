@@ -82,6 +82,9 @@ class Tokens:
     def __init__(self) -> None:
         self._runs: dict[str, str] = {}
 
+    def __len__(self) -> int:
+        return len(self._runs)
+
     def issue(self, run_id: str) -> str:
         token = secrets.token_urlsafe(32)
         self._runs[_digest(token)] = run_id

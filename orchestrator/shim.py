@@ -157,13 +157,14 @@ def _start(data: Path, project: Path, environ: Mapping[str, str]) -> Connection:
         )
     finally:
         os.close(log)
+    # Reaped when it dies: as a zombie of ours a dead server, and with it its runs, would pass for living.
+    threading.Thread(target=server.wait, daemon=True).start()
     deadline = time.monotonic() + START_SECONDS
     while time.monotonic() < deadline:
-        with suppress(subprocess.TimeoutExpired):
-            server.wait(POLL_SECONDS)
         if connection := dial(data):
             return connection
-        if server.returncode is not None:
+        with suppress(subprocess.TimeoutExpired):
+            server.wait(POLL_SECONDS)
             raise NoServerError(f"the orchestrator server ended at once; {_last_words(data)}")
     raise NoServerError(f"the orchestrator server did not start within {START_SECONDS:g} s; {_last_words(data)}")
 

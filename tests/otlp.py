@@ -16,7 +16,7 @@ from typing import Any
 import anyio
 import h11
 from anyio.abc import SocketAttribute, SocketStream
-from google.protobuf import json_format
+from google.protobuf import json_format  # type: ignore[import-untyped]  # it ships no types
 from opentelemetry.proto.collector.trace.v1.trace_service_pb2 import ExportTraceServiceRequest
 
 from orchestrator.groups import unwrapped

@@ -2,17 +2,18 @@
 
 import json
 import os
+import signal
 import socket
 import stat
 from collections.abc import AsyncIterator, Callable
-from contextlib import AbstractAsyncContextManager, asynccontextmanager
+from contextlib import AbstractAsyncContextManager, AsyncExitStack, asynccontextmanager
 from pathlib import Path
 from typing import Any
 
 import anyio
 import httpx2
 import pytest
-from anyio.abc import TaskGroup
+from anyio.abc import TaskGroup, TaskStatus
 from mcp import Client, MCPError
 from mcp.client.streamable_http import streamable_http_client
 from mcp_types import TextContent
@@ -277,8 +278,15 @@ async def test_the_line_door_answers_what_is_not_a_message(dial: Any) -> None:
 # -- serve --------------------------------------------------------------------------------------------------
 
 
-async def start(tg: TaskGroup, rt: Runtime) -> ServerState:
-    state = await tg.start(serve, rt, open_doors)
+async def start(tg: TaskGroup, rt: Runtime, ended: anyio.Event | None = None) -> ServerState:
+    """Serve ``rt`` in a task of its own."""
+
+    async def run(*, task_status: TaskStatus[ServerState]) -> None:
+        await serve(rt, open_doors, task_status=task_status)
+        if ended is not None:
+            ended.set()
+
+    state = await tg.start(run)
     assert isinstance(state, ServerState)
     return state
 
@@ -287,8 +295,9 @@ async def test_serve_from_start_to_signal(rt: Runtime, model: ModelServer) -> No
     model.rules = [Rule(Gate())]
     data = rt.config.data_path
     answers: list[str] = []
+    ended = anyio.Event()
     async with anyio.create_task_group() as tg:
-        state = await start(tg, rt)
+        state = await start(tg, rt, ended)
         assert read_state(data) == state
         assert (state.pid, state.version, state.token) == (os.getpid(), __version__, server_token(data))
         assert state.token not in repr(state)
@@ -301,12 +310,12 @@ async def test_serve_from_start_to_signal(rt: Runtime, model: ModelServer) -> No
             async def delegates() -> None:
                 answers.append(await call(client, "delegate", agent="helper", prompt="long work"))
 
-            tg.start_soon(delegates)
-            await model.wait_for("long work")
+            async with anyio.create_task_group() as calls:
+                calls.start_soon(delegates)
+                await model.wait_for("long work")
+                os.kill(os.getpid(), signal.SIGTERM)
             with anyio.fail_after(3):
-                os.kill(os.getpid(), 15)
-                while not answers:
-                    await anyio.wait_all_tasks_blocked()
+                await ended.wait()
 
     # Who waited has been told what became of the run, and that it may be tried again.
     assert '"code":"cancelled","retryable":true' in answers[0]
@@ -318,27 +327,17 @@ async def test_serve_from_start_to_signal(rt: Runtime, model: ModelServer) -> No
 
 @pytest.mark.parametrize("mode", ["auto", "legacy"])
 async def test_open_streams_do_not_hold_the_end_up(rt: Runtime, mode: str) -> None:
-    async with anyio.create_task_group() as tg:
-        state = await start(tg, rt)
-        async with connected(state.url, state.token, mode=mode) as client:
-            if mode == "auto":
-                async with client.listen(tools_list_changed=True):
-                    with anyio.fail_after(3):
-                        os.kill(os.getpid(), 2)
-                        while read_state(rt.config.data_path) is not None:
-                            await anyio.wait_all_tasks_blocked()
-            else:
-                await client.list_tools()
-                os.kill(os.getpid(), 2)
-        with anyio.move_on_after(3) as slow:
-            while True:
-                await anyio.sleep(0.02)
-                async with httpx2.AsyncClient() as http:
-                    try:
-                        await http.get(state.url.replace("/mcp", "/healthz"))
-                    except httpx2.ConnectError:
-                        break
-        assert not slow.cancelled_caught
+    ended = anyio.Event()
+    async with anyio.create_task_group() as tg, AsyncExitStack() as stack:
+        state = await start(tg, rt, ended)
+        client = await stack.enter_async_context(connected(state.url, state.token, mode=mode))
+        if mode == "auto":
+            await stack.enter_async_context(client.listen(tools_list_changed=True))
+        else:
+            await client.list_tools()  # the client has opened its stream for notifications by now
+        with anyio.fail_after(3):
+            os.kill(os.getpid(), signal.SIGINT)
+            await ended.wait()
 
 
 async def test_one_server_per_data_directory(rt: Runtime, runtime: Open) -> None:

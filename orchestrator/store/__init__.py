@@ -1,5 +1,6 @@
 """The record: runs, their messages, sessions and agent preferences. The journal is the truth; spans are a copy."""
 
+import os
 import secrets
 import socket
 import time
@@ -8,6 +9,7 @@ from contextlib import asynccontextmanager
 from pathlib import Path
 from typing import Any, Literal
 
+import anyio
 import psutil
 
 from orchestrator.errors import RunInterruptedError, RunNotFoundError, SessionBusyError, SessionNotFoundError
@@ -37,7 +39,8 @@ async def open_store(path: Path, *, kind: InstanceKind = "library") -> AsyncIter
         try:
             yield store
         finally:
-            await store.retire_instance()
+            with anyio.CancelScope(shield=True):
+                await store.retire_instance()
 
 
 class Store:
@@ -50,7 +53,7 @@ class Store:
     # -- instances: who works on which run ---------------------------------------------------------------
 
     async def register_instance(self, kind: InstanceKind) -> None:
-        me = psutil.Process()
+        pid = os.getpid()
         await self._db.write(
             (
                 "INSERT INTO instances (id, kind, host, pid, pid_created, started_us)"
@@ -59,8 +62,8 @@ class Store:
                     "id": self.instance_id,
                     "kind": kind,
                     "host": socket.gethostname(),
-                    "pid": me.pid,
-                    "created": me.create_time(),
+                    "pid": pid,
+                    "created": _started(pid),
                     "now": now_us(),
                 },
             )
@@ -100,7 +103,7 @@ class Store:
             (f"UPDATE runs SET status = 'interrupted', ended_us = :now, error = :error WHERE {where}", params),
             ("UPDATE instances SET ended_us = coalesce(ended_us, :now) WHERE id = :instance", params),
         )
-        return [Run.model_validate(row) for row in rows]
+        return [Run.of(row) for row in rows]
 
     # -- runs ---------------------------------------------------------------------------------------------
 
@@ -137,7 +140,7 @@ class Store:
     async def finish_run(self, run: Run) -> None:
         """Store a run's end and free its session, in one transaction. A run ends once: later ends are ignored."""
         columns = run.columns()
-        sets = ", ".join(f"{name} = :{name}" for name in columns if name != "id")
+        sets = ", ".join(f"{name} = :{name}" for name in columns if name not in ("id", "cancel_requested"))
         await self._db.write(
             ("UPDATE sessions SET locked_by = NULL WHERE locked_by = :id", {"id": run.id}),
             (f"UPDATE runs SET {sets} WHERE id = :id AND ended_us IS NULL", columns),
@@ -153,7 +156,7 @@ class Store:
         exact = [row for row in rows if row["id"] == run_id.lower()]
         if len(rows) > 1 and not exact:
             raise RunNotFoundError(f"{run_id!r} is the start of several run ids; give more of it")
-        return Run.model_validate((exact or rows)[0])
+        return Run.of((exact or rows)[0])
 
     async def runs(
         self,
@@ -207,7 +210,7 @@ class Store:
             f"SELECT * FROM runs WHERE {where} ORDER BY created_us DESC, id LIMIT :limit",
             params,
         )
-        return [Run.model_validate(row) for row in rows]
+        return [Run.of(row) for row in rows]
 
     async def tree(self, run_id: str) -> list[Run]:
         """The run and everything below it, parents before children, in order of creation."""
@@ -215,7 +218,7 @@ class Store:
             f"SELECT * FROM runs WHERE id IN ({_SUBTREE}) ORDER BY depth, created_us, id",
             {"within": run_id},
         )
-        return [Run.model_validate(row) for row in rows]
+        return [Run.of(row) for row in rows]
 
     # -- messages -----------------------------------------------------------------------------------------
 
@@ -322,6 +325,18 @@ def _update(run_id: str, fields: dict[str, Any]) -> Statement:
 def _is_alive(pid: int, created: float) -> bool:
     try:
         # The start time tells this process from a later one with the same pid.
-        return abs(psutil.Process(pid).create_time() - created) < 1
+        return abs(_started(pid) - created) < 1
     except psutil.Error:
         return False
+
+
+def _started(pid: int) -> float:
+    """When a running process began. Raises psutil.Error if there is none."""
+    process = psutil.Process(pid)
+    if process.status() == psutil.STATUS_ZOMBIE:
+        raise psutil.ZombieProcess(pid)  # nobody waited for it; it works on nothing any more
+    try:
+        # In ticks since boot: a time of day moves when the clock is set, and a live server would look dead.
+        return float(Path(f"/proc/{pid}/stat").read_text("utf-8", "replace").rpartition(")")[2].split()[19])
+    except OSError:
+        return process.create_time()

@@ -7,7 +7,7 @@ Messages of a run are written without waiting (``write_soon``) in batches of at 
 
 import logging
 from collections.abc import AsyncIterator, Mapping, Sequence
-from contextlib import asynccontextmanager
+from contextlib import AsyncExitStack, asynccontextmanager, suppress
 from dataclasses import dataclass, field
 from importlib.resources import files
 from pathlib import Path
@@ -27,6 +27,9 @@ BATCH_SECONDS = 0.1
 # Rows that may wait to be written before readers of CLI output are slowed down.
 QUEUE_ROWS = 2000
 BUSY_SECONDS = 10
+OPEN_ADVICE = (
+    "Let `store.path` name a new file, or one this program made, in a directory that can be written and has room."
+)
 
 Params = Mapping[str, Any]
 Row = Mapping[str, Any]
@@ -76,25 +79,35 @@ class SQLite:
         self._queue = queue
 
     async def one(self, sql: str, params: Params | None = None) -> Row | None:
-        async with self._reader.execute(sql, params or {}) as cursor:
-            row = await cursor.fetchone()
-        return dict(row) if row is not None else None
+        rows = await self.all(sql, params)
+        return rows[0] if rows else None
 
     async def all(self, sql: str, params: Params | None = None) -> list[Row]:
-        async with self._reader.execute(sql, params or {}) as cursor:
-            return [dict(row) for row in await cursor.fetchall()]
+        try:
+            async with self._reader.execute(sql, params or {}) as cursor:
+                return [dict(row) for row in await cursor.fetchall()]
+        except UnicodeEncodeError:
+            return []  # half of a surrogate pair was asked for: it is not text, so no row holds it
+        except (aiosqlite.Error, OverflowError, ValueError) as error:  # ValueError: closed already
+            raise StoreError(f"the store could not be read: {error}") from error
 
     async def write(self, *statements: Statement) -> list[int]:
         item = _Write(statements, done=anyio.Event())
         assert item.done is not None
-        await self._queue.send(item)
+        await self._enqueue(item)
         await item.done.wait()
         if item.error is not None:
             raise StoreError(f"the store could not be written: {item.error}") from item.error
         return item.counts
 
     async def write_soon(self, *statements: Statement) -> None:
-        await self._queue.send(_Write(statements))
+        await self._enqueue(_Write(statements))
+
+    async def _enqueue(self, item: _Write) -> None:
+        try:
+            await self._queue.send(item)
+        except (anyio.ClosedResourceError, anyio.BrokenResourceError):
+            raise StoreError("the store is closed", advice="Use the store inside its `async with` block.") from None
 
 
 @asynccontextmanager
@@ -103,14 +116,15 @@ async def open_sqlite(path: Path) -> AsyncIterator[SQLite]:
 
     Everything queued is written before the context is left. Raises StoreError when the file cannot be used.
     """
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True, mode=0o700)
-        writer, reader = await _connect(path), await _connect(path)
-    except (OSError, aiosqlite.Error) as error:
-        raise StoreError(f"cannot open the store {path}: {error}") from error
-    send, receive = anyio.create_memory_object_stream[_Write](QUEUE_ROWS)
-    try:
-        await _migrate(writer, path)
+    async with AsyncExitStack() as stack:
+        try:
+            path.parent.mkdir(parents=True, exist_ok=True, mode=0o700)
+            writer = await stack.enter_async_context(_connection(path))
+            await _migrate(writer, path)
+            reader = await stack.enter_async_context(_connection(path))
+        except (OSError, aiosqlite.Error) as error:
+            raise StoreError(f"cannot open the store {path}: {error}", advice=OPEN_ADVICE) from error
+        send, receive = anyio.create_memory_object_stream[_Write](QUEUE_ROWS)
         with unwrapped():
             async with anyio.create_task_group() as tg:
                 tg.start_soon(_write_all, writer, receive)
@@ -118,20 +132,22 @@ async def open_sqlite(path: Path) -> AsyncIterator[SQLite]:
                     yield SQLite(reader, send)
                 finally:
                     send.close()  # the writer ends by itself once the queue is empty
-    finally:
-        with anyio.CancelScope(shield=True):
-            await reader.close()
-            await writer.close()
 
 
-async def _connect(path: Path) -> aiosqlite.Connection:
+@asynccontextmanager
+async def _connection(path: Path) -> AsyncIterator[aiosqlite.Connection]:
     connection = await aiosqlite.connect(path, isolation_level=None, timeout=BUSY_SECONDS)
-    connection.row_factory = aiosqlite.Row
-    await connection.execute("PRAGMA journal_mode=WAL")
-    await connection.execute("PRAGMA synchronous=NORMAL")
-    await connection.execute("PRAGMA foreign_keys=ON")
-    path.chmod(0o600)  # prompts and answers are private
-    return connection
+    try:
+        connection.row_factory = aiosqlite.Row
+        await connection.execute("PRAGMA journal_mode=WAL")
+        await connection.execute("PRAGMA synchronous=NORMAL")
+        await connection.execute("PRAGMA foreign_keys=ON")
+        path.chmod(0o600)  # prompts and answers are private
+        yield connection
+    finally:
+        # Also when it turned out not to be a database: the connection's thread would outlive us.
+        with anyio.CancelScope(shield=True):
+            await connection.close()
 
 
 def migrations() -> list[tuple[int, str]]:
@@ -160,7 +176,7 @@ async def _migrate(connection: aiosqlite.Connection, path: Path) -> None:
                     await connection.execute(statement)
         await connection.execute(f"PRAGMA user_version={newest}")
     except BaseException:
-        await connection.execute("ROLLBACK")
+        await _roll_back(connection)
         raise
     await connection.execute("COMMIT")
 
@@ -196,17 +212,23 @@ async def _batch(first: _Write, queue: MemoryObjectReceiveStream[_Write]) -> lis
 
 
 async def _commit(connection: aiosqlite.Connection, batch: list[_Write]) -> None:
+    """Write the batch and tell those who wait. Never raises: a writer that died would leave everyone waiting."""
     try:
         await connection.execute("BEGIN IMMEDIATE")
         for item in batch:
             await _execute(connection, item)
         await connection.execute("COMMIT")
-    except aiosqlite.Error as error:
-        log.exception("store: %d writes failed", len(batch))
+    except Exception as error:  # noqa: BLE001  # whatever it is, it is handed to those who wait
+        await _roll_back(connection)
+        if len(batch) > 1 and getattr(error, "sqlite_errorname", "") != "SQLITE_BUSY":
+            # One by one: on a nearly full disk a huge message must not take the end of a run along.
+            for item in batch:
+                item.counts, item.error = [], None
+                await _commit(connection, [item])
+            return
+        log.error("store: %d writes failed: %s", len(batch), error)  # noqa: TRY400  # whoever waits gets the traceback
         for item in batch:
             item.error = error
-        if connection.in_transaction:
-            await connection.execute("ROLLBACK")
     for item in batch:
         if item.done is not None:
             item.done.set()
@@ -219,8 +241,16 @@ async def _execute(connection: aiosqlite.Connection, item: _Write) -> None:
         for sql, params in item.statements:
             cursor = await connection.execute(sql, params)
             item.counts.append(cursor.rowcount)
-    except (aiosqlite.IntegrityError, ValueError, OverflowError) as error:  # ValueError: text that is not Unicode
+    except (aiosqlite.Error, ValueError, OverflowError) as error:  # ValueError: text that is not Unicode
+        if not connection.in_transaction:
+            raise  # SQLite gave up the whole transaction, as it may when the disk is full
         item.error = error
         log.warning("store: refused: %s", error)
         await connection.execute("ROLLBACK TO item")
     await connection.execute("RELEASE item")
+
+
+async def _roll_back(connection: aiosqlite.Connection) -> None:
+    if connection.in_transaction:
+        with suppress(aiosqlite.Error):
+            await connection.execute("ROLLBACK")

@@ -1,9 +1,10 @@
 """Rows of the store as typed objects."""
 
 import json
+from collections.abc import Mapping
 from typing import Any, Literal, Self
 
-from pydantic import BaseModel, ConfigDict, field_validator
+from pydantic import BaseModel, ConfigDict
 
 from orchestrator.outcome import ENDED, Outcome, RunStatus, Usage
 
@@ -51,10 +52,10 @@ class Run(BaseModel):
     cancel_requested: bool = False
     instance_id: str
 
-    @field_validator("structured", "error", "agent", "options", "caller", mode="before")
     @classmethod
-    def _parse(cls, value: Any) -> Any:
-        return json.loads(value) if isinstance(value, str) else value
+    def of(cls, row: Mapping[str, Any]) -> Self:
+        """The run in a row of the database."""
+        return cls(**{**row, **{name: json.loads(row[name]) for name in _JSON if row[name] is not None}})
 
     @property
     def ended(self) -> bool:
@@ -96,7 +97,11 @@ class Run(BaseModel):
     def columns(self) -> dict[str, Any]:
         """The row as SQL parameters."""
         data = self.model_dump()
-        return data | {name: to_json(data[name]) for name in ("structured", "error", "agent", "options", "caller")}
+        return data | {name: to_json(data[name]) for name in _JSON}
+
+
+#: Columns that hold JSON.
+_JSON = ("structured", "error", "agent", "options", "caller")
 
 
 class StoredMessage(BaseModel):
@@ -109,7 +114,7 @@ class StoredMessage(BaseModel):
     body: dict[str, Any]
 
     @classmethod
-    def of(cls, row: Any) -> Self:
+    def of(cls, row: Mapping[str, Any]) -> Self:
         return cls(**{**row, "body": json.loads(row["body"])})
 
 

@@ -1,0 +1,463 @@
+"""The stdio shim as clients start it: a process fed with JSON-RPC lines, against a server that is really served."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import AsyncIterator, Callable
+from contextlib import asynccontextmanager
+from pathlib import Path
+from typing import Any
+
+import anyio
+import psutil
+import pytest
+import yaml
+from anyio.abc import Process
+
+from mcp_tools import open_doors
+from orchestrator import shim
+from orchestrator.config import Config, load_config
+from orchestrator.runtime import Runtime
+from orchestrator.server import ServerState, read_state, serve, write_private
+from orchestrator.testing import ModelServer, Request, Rule
+
+ROOT = Path(__file__).parents[1]
+PROTOCOL = {
+    "io.modelcontextprotocol/protocolVersion": "2026-07-28",
+    "io.modelcontextprotocol/clientCapabilities": {},
+    "io.modelcontextprotocol/clientInfo": {"name": "test", "version": "1"},
+}
+INITIALIZE = {"protocolVersion": "2025-11-25", "capabilities": {}, "clientInfo": {"name": "test", "version": "1"}}
+
+
+class Gate:
+    """A model that answers when the test lets it."""
+
+    def __init__(self) -> None:
+        self.opened = anyio.Event()
+
+    async def __call__(self, request: Request) -> str:
+        await self.opened.wait()
+        return "at last"
+
+
+class Client:
+    """The client's side of a shim: lines in, lines out."""
+
+    def __init__(self, process: Process) -> None:
+        assert process.stdin
+        assert process.stdout
+        self.process = process
+        self.stdin, self.stdout = process.stdin, process.stdout
+        self._buffer = b""
+        self._ids = iter(range(1, 1000))
+
+    async def say(self, method: str, params: dict[str, Any] | None = None, *, modern: bool = False) -> int:
+        """Send a request; its id."""
+        id_ = next(self._ids)
+        params = dict(params or {})
+        if modern:
+            params["_meta"] = {**PROTOCOL, **params.get("_meta", {})}
+        await self.write({"jsonrpc": "2.0", "id": id_, "method": method, "params": params})
+        return id_
+
+    async def write(self, message: dict[str, Any]) -> None:
+        await self.stdin.send(json.dumps(message).encode() + b"\n")
+
+    async def hear(self, seconds: float = 20) -> dict[str, Any]:
+        """The next message, of which nothing but JSON may be the line."""
+        with anyio.fail_after(seconds):
+            while b"\n" not in self._buffer:
+                self._buffer += await self.stdout.receive(1 << 20)
+        line, _, self._buffer = self._buffer.partition(b"\n")
+        message = json.loads(line)
+        assert message["jsonrpc"] == "2.0"
+        return message
+
+    async def ask(
+        self, method: str, params: dict[str, Any] | None = None, *, modern: bool = True
+    ) -> dict[str, Any]:
+        """Send a request; its answer, whatever else comes before."""
+        id_ = await self.say(method, params, modern=modern)
+        while (message := await self.hear()).get("id") != id_:
+            assert "id" not in message or "method" in message, message
+        return message
+
+    async def call(self, tool: str, *, modern: bool = True, **arguments: Any) -> str:
+        """Call a tool; the text it gives."""
+        answer = await self.ask("tools/call", {"name": tool, "arguments": arguments}, modern=modern)
+        text = answer["result"]["content"][0]["text"]
+        assert isinstance(text, str)
+        return text
+
+
+def variables(environ: dict[str, str], **more: str) -> dict[str, str]:
+    return {**environ, "PYTHONPATH": str(ROOT), **more}
+
+
+@asynccontextmanager
+async def started(config: Config, environ: dict[str, str], *argv: str, **more: str) -> AsyncIterator[Client]:
+    """A shim on the data directory of ``config``, ended with the context."""
+    argv = argv or ("--data-dir", str(config.data_path))
+    command = [sys.executable, "-m", "orchestrator", "mcp", *argv]
+    more = {"CLAUDE_PROJECT_DIR": str(config.project_dir), **more}
+    process = await anyio.open_process(command, stderr=None, env=variables(environ, **more))
+    async with process:
+        try:
+            yield Client(process)
+        finally:
+            if process.returncode is None:
+                process.kill()
+
+
+@pytest.fixture
+async def served(rt: Runtime) -> AsyncIterator[Runtime]:
+    """A runtime that is served in this process."""
+    async with anyio.create_task_group() as tg:
+        await tg.start(serve, rt, open_doors)
+        yield rt
+        tg.cancel_scope.cancel()
+
+
+@pytest.fixture
+async def client(served: Runtime, environ: dict[str, str]) -> AsyncIterator[Client]:
+    async with started(served.config, environ) as connected:
+        yield connected
+
+
+# -- light, and at the right place --------------------------------------------------------------------------
+
+
+def test_nothing_heavy_is_imported(tmp_path: Path, environ: dict[str, str]) -> None:
+    done = subprocess.run(
+        [sys.executable, "-X", "importtime", "-m", "orchestrator", "mcp", "--data-dir", str(tmp_path)],
+        stdin=subprocess.DEVNULL,
+        capture_output=True,
+        env=variables(environ),
+        timeout=20,
+    )
+    assert done.returncode == 0
+    assert done.stdout == b""
+    loaded = {line.rsplit("|", 1)[-1].strip() for line in done.stderr.decode().splitlines() if "|" in line}
+    ours = {name for name in loaded if name.split(".")[0] in ("orchestrator", "mcp_tools")}
+    assert ours == {"orchestrator", "orchestrator.shim"}
+    assert not {"pydantic", "anyio", "mcp", "click", "yaml", "asyncio", "subprocess", "psutil"} & loaded
+
+
+@pytest.mark.parametrize(
+    ("yaml_text", "env_text", "variables"),
+    [
+        (None, None, {}),
+        (None, None, {"XDG_DATA_HOME": "/var/xdg"}),
+        (None, None, {"XDG_DATA_HOME": "relative"}),
+        (None, None, {"ORCHESTRATOR_DATA_DIR": "/var/orc"}),
+        (None, None, {"ORCHESTRATOR_DATA_DIR": "~/orc"}),
+        ("data_dir: state", None, {}),
+        ("# data_dir: no\ndata_dir:   ../state/x#1   # here", None, {}),
+        ("limits:\n  max_depth: 2\ndata_dir: 'a place'\n", None, {}),
+        ('data_dir: "~/a place" # there', None, {}),
+        ("data_dir: state", "ORCHESTRATOR_DATA_DIR=from-env\n", {}),
+        ("data_dir: state", 'export ORCHESTRATOR_DATA_DIR="from env"\n', {}),
+        ("data_dir: state", "ORCHESTRATOR_DATA_DIR=from-env\n", {"ORCHESTRATOR_DATA_DIR": "nearest"}),
+        ("limits:\n  max_depth: 2\n", None, {}),
+    ],
+)
+def test_the_data_directory_is_the_one_of_the_settings(
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    yaml_text: str | None,
+    env_text: str | None,
+    variables: dict[str, str],
+) -> None:
+    project = tmp_path / "project"
+    inside = project / "deep" / "inside"
+    inside.mkdir(parents=True)
+    monkeypatch.setenv("HOME", str(tmp_path / "home"))
+    monkeypatch.delenv("XDG_DATA_HOME", raising=False)
+    for name, value in variables.items():
+        monkeypatch.setenv(name, value)
+    if yaml_text is not None:
+        (project / "orchestrator.yaml").write_text(yaml_text)
+        (project / ".env").write_text(env_text or "")
+
+    found = shim.data_directory(None, variables, inside)
+
+    assert found == load_config(project_dir=inside, environ=variables).data_path
+
+
+def test_the_argument_wins(tmp_path: Path) -> None:
+    assert shim.data_directory("/a/b", {"ORCHESTRATOR_DATA_DIR": "/c"}, tmp_path) == Path("/a/b")
+
+
+def test_a_configuration_file_elsewhere(tmp_path: Path) -> None:
+    elsewhere = tmp_path / "elsewhere" / "settings.yaml"
+    elsewhere.parent.mkdir()
+    elsewhere.write_text("data_dir: state")
+    environ = {"ORCHESTRATOR_CONFIG": str(elsewhere)}
+    assert shim.data_directory(None, environ, tmp_path) == load_config(environ=environ).data_path
+
+
+@pytest.mark.parametrize("argv", [["--data-dir"], ["--data-dir="], ["--port", "1"], ["x"]])
+def test_wrong_arguments(argv: list[str], capfd: pytest.CaptureFixture[str]) -> None:
+    assert shim.main(argv) == 2
+    captured = capfd.readouterr()
+    assert captured.out == ""
+    assert "usage: orchestrator mcp" in captured.err
+
+
+# -- pumping ------------------------------------------------------------------------------------------------
+
+
+async def test_a_modern_client(client: Client, model: ModelServer) -> None:
+    model.rules = [Rule("hello")]
+    discovered = await client.ask("server/discover")
+    assert "2026-07-28" in discovered["result"]["supportedVersions"]
+    assert len((await client.ask("tools/list"))["result"]["tools"]) == 6
+    assert (await client.call("delegate", agent="helper", prompt="x")).startswith("hello\n[run_id=")
+
+
+async def test_a_client_of_last_year(client: Client, model: ModelServer) -> None:
+    model.rules = [Rule("hello")]
+    begun = await client.ask("initialize", INITIALIZE, modern=False)
+    assert begun["result"]["protocolVersion"] == "2025-11-25"
+    await client.write({"jsonrpc": "2.0", "method": "notifications/initialized"})
+    assert (await client.call("delegate", agent="helper", prompt="x", modern=False)).startswith("hello\n[run_id=")
+
+
+async def test_calls_are_stamped(served: Runtime, environ: dict[str, str], model: ModelServer) -> None:
+    model.rules = [Rule("ok")]
+    trace = "0af7651916cd43dd8448eb211c80319c"
+    project = served.config.project_dir / "agents"
+    more = {
+        "TRACEPARENT": f"00-{trace}-b7ad6b7169203331-01",
+        "CLAUDE_CODE_SESSION_ID": "window-3",
+        "CLAUDE_PROJECT_DIR": str(project),
+    }
+    async with started(served.config, environ, **more) as client:
+        await client.call("delegate", agent="helper", prompt="x")
+
+    [row] = await served.store.runs()
+    assert (row.trace_id, row.parent_span_id, row.cwd) == (trace, "b7ad6b7169203331", str(project))
+    assert row.caller == {"session_id": "window-3", "project_dir": str(project), "client": "test/1"}
+
+
+def test_what_the_client_has_stamped_itself_stays(tmp_path: Path) -> None:
+    ours = shim.Shim(tmp_path, tmp_path, {"TRACEPARENT": "ours"})
+    message = {"method": "tools/call", "id": 1, "params": {"_meta": {"traceparent": "theirs", "x": "\ud800"}}}
+    meta = json.loads(ours._stamped(message))["params"]["_meta"]
+    assert meta == {"traceparent": "theirs", "x": "\ud800", shim.CALLER: {"project_dir": str(tmp_path)}}
+    assert json.loads(ours._stamped({"method": "tools/call", "params": [1]})) == {
+        "method": "tools/call",
+        "params": [1],
+    }
+
+
+async def test_lines_of_ten_megabytes(served: Runtime, client: Client) -> None:
+    prompt = "ünïcode line\n" * 600_000
+    text = await client.call("delegate", agent="helper", prompt=prompt, wait_s=0)
+    assert "still running" in text
+    [row] = await served.store.runs()
+    assert row.prompt == prompt
+    error = await client.call("delegate", agent="y" * 10_000_000, prompt="x")
+    assert len(error) > 10_000_000
+
+
+async def test_lines_that_are_no_messages(client: Client) -> None:
+    for line in (
+        b"",
+        b"{broken",
+        b"[]",
+        b'"x"',
+        b'{"jsonrpc":"2.0","method":"notifications/cancelled","params":[1]}',
+    ):
+        await client.stdin.send(line + b"\n")
+    answers = [await client.hear() for _ in range(4)]
+    assert [answer["error"]["code"] for answer in answers] == [-32700, -32600, -32600, -32600]
+    assert (await client.ask("server/discover"))["result"]
+
+
+async def test_the_end_of_stdin_ends_the_shim_and_no_run(
+    served: Runtime, client: Client, model: ModelServer
+) -> None:
+    gate = Gate()
+    model.rules = [Rule(gate)]
+    await client.say(
+        "tools/call", {"name": "delegate", "arguments": {"agent": "helper", "prompt": "go on"}}, modern=True
+    )
+    await model.wait_for("go on")
+
+    before = time.monotonic()
+    await client.stdin.aclose()
+    with anyio.fail_after(5):
+        assert await client.process.wait() == 0
+    assert time.monotonic() - before < 0.5  # measured 0.02 s; the machine may be busy
+
+    [row] = await served.store.runs()
+    assert row.id in served.live
+    gate.opened.set()
+    with anyio.fail_after(10):
+        await served.live[row.id].ended.wait()
+    assert (await served.store.run(row.id)).status == "succeeded"
+
+
+async def test_a_closed_stdout_ends_the_shim(served: Runtime, environ: dict[str, str]) -> None:
+    def use_without_listening() -> int:
+        process = subprocess.Popen(
+            [sys.executable, "-m", "orchestrator", "mcp", "--data-dir", str(served.config.data_path)],
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            env=variables(environ),
+        )
+        assert process.stdin
+        assert process.stdout
+        process.stdout.close()
+        with process.stdin:
+            process.stdin.write(b"{broken\n")
+            process.stdin.flush()
+            return process.wait(10)
+
+    assert await anyio.to_thread.run_sync(use_without_listening) == 0
+
+
+@pytest.mark.parametrize("sent", [signal.SIGINT, signal.SIGTERM])
+async def test_signals_end_the_shim_quietly(client: Client, sent: signal.Signals) -> None:
+    await client.ask("server/discover")
+    client.process.send_signal(sent)
+    with anyio.fail_after(5):
+        assert await client.process.wait() == 0
+
+
+# -- finding and starting the server ------------------------------------------------------------------------
+
+
+@pytest.fixture
+def installed(make_config: Callable[..., Config]) -> Config:
+    """Settings in the project's file, where a server that a shim starts finds them."""
+    config = make_config()
+    tree: dict[str, Any] = {"data_dir": str(config.data_dir), "claude": config.claude.model_dump(mode="json")}
+    tree["agents"] = {"user_path": str(config.agents.user_path), "default_model": "claude-opus-5-5"}
+    (config.project_dir / "orchestrator.yaml").write_text(yaml.safe_dump(tree))
+    return config
+
+
+@pytest.fixture
+async def sweeping(installed: Config) -> AsyncIterator[None]:
+    """Ends the server that shims have started."""
+    yield
+    if state := read_state(installed.data_path):
+        server = psutil.Process(state.pid)
+        server.terminate()
+        await anyio.to_thread.run_sync(server.wait, 10)
+
+
+def server_of(config: Config) -> ServerState:
+    state = read_state(config.data_path)
+    assert state
+    return state
+
+
+@pytest.mark.usefixtures("sweeping")
+async def test_two_shims_start_one_server(installed: Config, environ: dict[str, str], model: ModelServer) -> None:
+    model.rules = [Rule("hello")]
+    pids: list[int] = []
+    more = {"ORCHESTRATOR_RUN_TOKEN": "t", "TRACEPARENT": "00-0af7651916cd43dd8448eb211c80319c-b7ad6b7169203331-01"}
+
+    async def one() -> None:
+        # No --data-dir: it is found in the project's file.
+        async with started(installed, environ, **more, CLAUDE_PROJECT_DIR=str(installed.project_dir)) as client:
+            await client.ask("server/discover")
+            pids.append(server_of(installed).pid)
+
+    async with anyio.create_task_group() as tg:
+        for _ in range(2):
+            tg.start_soon(one)
+
+    assert len(pids) == 2
+    assert len(set(pids)) == 1
+    server = psutil.Process(pids[0])
+    assert os.getsid(server.pid) == server.pid
+    assert server.cwd() == str(installed.project_dir)
+    assert not {"ORCHESTRATOR_RUN_TOKEN", "TRACEPARENT"} & server.environ().keys()
+    log = installed.data_path / "server.log"
+    assert log.stat().st_mode & 0o777 == 0o600
+    # The server outlives the shims that started it.
+    assert server.is_running()
+
+
+@pytest.mark.usefixtures("sweeping")
+@pytest.mark.parametrize("modern", [True, False])
+async def test_the_server_dies_in_the_middle_of_a_call(
+    installed: Config, environ: dict[str, str], model: ModelServer, modern: bool
+) -> None:
+    model.rules = [Rule(Gate(), when={"user_contains": "first"}), Rule("back again")]
+    async with started(installed, environ) as client:
+        if modern:
+            listening = await client.say(
+                "subscriptions/listen", {"notifications": {"toolsListChanged": True}}, modern=True
+            )
+            acknowledged = await client.hear()
+            assert acknowledged["method"] == "notifications/subscriptions/acknowledged"
+        else:
+            await client.ask("initialize", INITIALIZE, modern=False)
+            await client.write({"jsonrpc": "2.0", "method": "notifications/initialized"})
+        first = server_of(installed)
+        call = {"name": "delegate", "arguments": {"agent": "helper", "prompt": "first"}}
+        lost = await client.say("tools/call", call, modern=modern)
+        await model.wait_for("first")
+        os.kill(first.pid, signal.SIGKILL)
+
+        answer = await client.hear()
+        assert answer["id"] == lost
+        assert answer["error"]["code"] == shim.SERVER_LOST
+        assert "query_traces" in answer["error"]["message"]
+
+        id_ = await client.say(
+            "tools/call", {**call, "arguments": {"agent": "helper", "prompt": "second"}}, modern=modern
+        )
+        again = await client.hear()  # and not another acknowledgement, nor a second answer to initialize
+        assert again["id"] == id_
+        assert again["result"]["content"][0]["text"].startswith("back again\n")
+        assert server_of(installed).pid != first.pid
+        found = json.loads(await client.call("query_traces", text="first", modern=modern))
+        assert [run["status"] for run in found["runs"]] == ["interrupted"]
+        if modern:
+            await client.write(
+                {"jsonrpc": "2.0", "method": "notifications/cancelled", "params": {"requestId": listening}}
+            )
+            assert (await client.ask("tools/list"))["result"]
+
+
+async def test_a_server_that_cannot_start(tmp_path: Path, environ: dict[str, str]) -> None:
+    project = tmp_path / "broken"
+    project.mkdir()
+    (project / "orchestrator.yaml").write_text("data_dir: state\nno_such_setting: 1\n")
+    config = load_config(project_dir=tmp_path, environ={}, overrides={"data_dir": str(project / "state")})
+    async with started(config, environ, CLAUDE_PROJECT_DIR=str(project)) as client:
+        answer = await client.ask("server/discover")
+        assert answer["error"]["code"] == shim.NO_SERVER
+        assert "no_such_setting" in answer["error"]["message"]
+        assert client.process.returncode is None
+
+
+async def test_a_port_that_belongs_to_someone_else_now(tmp_path: Path) -> None:
+    listener = await anyio.create_tcp_listener(local_host="127.0.0.1")
+    port = listener.extra(anyio.abc.SocketAttribute.local_port)
+    heard = []
+
+    async def stranger(stream: anyio.abc.SocketStream) -> None:
+        async with stream:
+            heard.append(await stream.receive())
+            await stream.send(b"HTTP/1.1 400 Bad Request\r\n\r\n")
+
+    gone = {"pid": 2**22 + 1, "line_port": port, "token": "secret"}
+    async with listener, anyio.create_task_group() as tg:
+        tg.start_soon(listener.serve, stranger)
+        write_private(tmp_path / "server.json", json.dumps(gone))
+        assert await anyio.to_thread.run_sync(shim.dial, tmp_path) is None
+        assert heard == []  # a dead server's token is told to nobody
+        write_private(tmp_path / "server.json", json.dumps({**gone, "pid": os.getpid()}))
+        assert await anyio.to_thread.run_sync(shim.dial, tmp_path) is None
+        tg.cancel_scope.cancel()
