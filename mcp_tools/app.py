@@ -32,7 +32,7 @@ from orchestrator.runtime import Runtime
 GRACE_SECONDS = 1
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(slots=True)
 class OpenDoors:
     """Where the runtime is served: the URL of MCP, and the port for shims if there is one."""
 
@@ -168,6 +168,7 @@ async def _serving(app: ASGIApp, listener: socket.socket, inner: "Server[object]
         log_config=None,
         access_log=False,
         server_header=False,
+        proxy_headers=False,
         timeout_graceful_shutdown=GRACE_SECONDS,
     )
     server = _Uvicorn(config)

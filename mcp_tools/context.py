@@ -9,7 +9,7 @@ from typing import Any
 
 from mcp.server.mcpserver import Context
 
-from orchestrator.errors import RunNotFoundError
+from orchestrator.errors import ConfigError, RunNotFoundError
 from orchestrator.runtime import Runtime
 from orchestrator.store import Run
 from orchestrator.tracing import SpanContext
@@ -37,8 +37,10 @@ class Caller:
     def directory(self, cwd: str | None, *, continues: bool) -> Path | None:
         """Where a task is to work: as asked, seen from the caller's project. None leaves it to the runtime.
 
-        A session that ``continues`` stays where it is: it could not be found from elsewhere.
+        A session that ``continues`` stays where it is: it could not be found from elsewhere. Raises ConfigError.
         """
+        if cwd is not None and "\0" in cwd:
+            raise ConfigError("cwd has a NUL character in it", advice="Give the path of a directory.")
         project = (self.facts or {}).get("project_dir")
         if cwd is None:
             return Path(project) if project and not continues else None

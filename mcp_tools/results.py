@@ -24,6 +24,7 @@ _ADVICE = {
 }
 
 _SPAN = re.compile(r"(\d+(?:\.\d+)?)\s*([smhdw])")
+_EPOCH = datetime.fromtimestamp(0, UTC)
 _UNITS = {"s": "seconds", "m": "minutes", "h": "hours", "d": "days", "w": "weeks"}
 
 
@@ -44,6 +45,7 @@ class TraceRow(TypedDict, total=False):
     duration_ms: int
     session_id: str
     trace_id: str
+    caller: dict[str, Any]
     error: str
 
 
@@ -144,6 +146,7 @@ def trace_row(run: Run) -> TraceRow:
         "duration_ms": run.duration_ms,
         "session_id": run.session_id,
         "trace_id": run.trace_id,
+        "caller": run.caller,
         "error": f"{run.error.get('code')}: {cut(run.error.get('message', ''), TEXT_CHARS)}" if run.error else None,
     }
     return cast("TraceRow", {name: value for name, value in row.items() if value not in (None, "")})
@@ -166,13 +169,14 @@ def instant(text: str, now_us: int) -> int:
     try:
         if match := _SPAN.fullmatch(text.strip().lower()):
             ago = timedelta(**{_UNITS[match[2]]: float(match[1])})
-            return now_us - int(ago.total_seconds() * 1e6)
+            return max(0, now_us - ago // timedelta(microseconds=1))
         moment = datetime.fromisoformat(text.strip())
+        moment = moment if moment.tzinfo else moment.replace(tzinfo=UTC)
+        return max(0, (moment - _EPOCH) // timedelta(microseconds=1))
     except (ValueError, OverflowError):
         raise ConfigError(
             f"{text!r} is no time", advice="Give ISO 8601 (2026-11-20T09:00) or how long ago (30m, 2h, 3d)."
         ) from None
-    return int((moment if moment.tzinfo else moment.replace(tzinfo=UTC)).timestamp() * 1e6)
 
 
 def compact(value: Any) -> str:

@@ -1,6 +1,7 @@
 """The tools. Their docstrings and the descriptions of their arguments are what models read."""
 
 import logging
+import re
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import Annotated, Any
@@ -18,11 +19,12 @@ from mcp_tools.strict import StrictTool
 from mcp_tools.waiting import activity, wait_all
 from orchestrator import __version__
 from orchestrator.agents import resolve_model
-from orchestrator.delegate import Task, cancel, submit, wait
+from orchestrator.delegate import cancel, submit, wait
 from orchestrator.errors import ConfigError, OrchestratorError
 from orchestrator.outcome import Outcome, RunStatus
 from orchestrator.runtime import Runtime
 from orchestrator.store import Run, now_us
+from orchestrator.task import Task
 
 INSTRUCTIONS = """\
 Hands work to agents. Each agent is a process of its own with its own tools, instructions and context: it knows \
@@ -45,6 +47,8 @@ CANCEL_SECONDS = 5.0
 LONGEST_WAIT_SECONDS = 24 * 3600
 #: Rows that may share a microsecond with the last row of a page.
 _TIES = 16
+
+_CURSOR = re.compile(r"([0-9]{1,18})-([0-9a-f]{16})")
 
 # Claude Code hides tools behind a search unless told otherwise, and moves long results to a file.
 _ALWAYS = {"anthropic/alwaysLoad": True, "anthropic/maxResultSizeChars": 500_000}
@@ -273,10 +277,10 @@ class Tools:
 def _position(cursor: str | None) -> tuple[int | None, str]:
     if cursor is None:
         return None, ""
-    at, _, run_id = cursor.partition("-")
-    if not at.isdecimal() or not run_id:
+    match = _CURSOR.fullmatch(cursor)
+    if match is None:
         raise ConfigError(f"{cursor!r} is no cursor", advice="Use `next` of the page before, unchanged.")
-    return int(at), run_id
+    return int(match[1]), match[2]
 
 
 def _origin(caller: Caller) -> dict[str, Any]:

@@ -2,7 +2,8 @@
 
 Every setting is a field below; its environment name is ``ORCHESTRATOR_`` and the dotted path in capitals with
 two underscores for each dot (``limits.max_depth`` is ``ORCHESTRATOR_LIMITS__MAX_DEPTH``). Values from the
-environment are read as YAML, so lists and numbers work. Nothing else of the environment is looked at.
+environment are read as YAML, so lists and numbers work; where a setting is text or a path, they are taken as
+they stand. An empty one counts as not given. Nothing else of the environment is looked at.
 """
 
 import difflib
@@ -11,7 +12,8 @@ import os
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from types import NoneType, UnionType
+from typing import Any, get_args
 
 import yaml
 from dotenv import dotenv_values
@@ -25,7 +27,8 @@ ENV_PREFIX = "ORCHESTRATOR_"
 
 
 class _Section(BaseModel):
-    model_config = ConfigDict(extra="forbid", frozen=True)
+    # Numbers may stand where text is asked for: `CLAUDE_CODE_MAX_OUTPUT_TOKENS: 8000` in claude.env is meant as it is.
+    model_config = ConfigDict(extra="forbid", frozen=True, coerce_numbers_to_str=True)
 
 
 class ClaudeConfig(_Section):
@@ -98,7 +101,9 @@ class TelemetryConfig(_Section):
 class LogConfig(_Section):
     """Logs; always on stderr, because stdout belongs to MCP and to scripts."""
 
-    level: str = Field("WARNING", description="DEBUG, INFO, WARNING or ERROR.")
+    level: str = Field(
+        "WARNING", pattern="(?i)^(debug|info|warning|error|critical)$", description="DEBUG, INFO, WARNING or ERROR."
+    )
     format: str = Field("console", pattern="^(console|json)$", description="console or json.")
 
 
@@ -165,7 +170,7 @@ def load_config(
     base = file.parent if file else start
     layers = [
         Layer(str(file), dict(flatten(_read_yaml(file)))) if file else Layer("", {}),
-        Layer(str(base / ".env"), _from_environ(dotenv_values(base / ".env"))),
+        Layer(str(base / ".env"), _from_environ(_read_dotenv(base / ".env"))),
         Layer("environment", _from_environ(environ)),
         Layer("command line", dict(overrides or {})),
     ]
@@ -173,18 +178,24 @@ def load_config(
 
 
 def merge(layers: list[Layer], *, project_dir: Path) -> Config:
-    """Later layers win, setting by setting. Raises ConfigError."""
+    """Later layers win, setting by setting; ``claude.env.NAME`` adds to the ``claude.env`` below it.
+
+    Raises ConfigError.
+    """
     values: dict[str, Any] = {}
     origin: dict[str, str] = {}
     for layer in layers:
-        for name, value in layer.values.items():
+        for name, value in sorted(layer.values.items()):
+            for part in [part for part in values if part.startswith(f"{name}.")]:
+                del values[part], origin[part]
             values[name] = value
             origin[name] = layer.origin
     known = settings()
     problems = [_unknown(name, origin[name], known) for name in values if not _is_known(name, known)]
     if problems:
         raise ConfigError("; ".join(problems))
-    values.setdefault("project_dir", project_dir)
+    if isinstance(given := values.setdefault("project_dir", project_dir), str | Path):
+        values["project_dir"] = project_dir / Path(given).expanduser()
     try:
         config = Config.model_validate(_nest(values))
     except ValidationError as error:
@@ -212,7 +223,7 @@ def flatten(tree: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, An
         name = f"{prefix}{key}"
         if isinstance(value, Mapping) and name not in known:
             yield from flatten(value, f"{name}.")
-        else:
+        elif value is not None or not _is_section(name, known):  # a section may be empty: all its lines comments
             yield name, value
 
 
@@ -234,6 +245,8 @@ def _read_yaml(file: Path) -> Mapping[str, Any]:
         tree = yaml.safe_load(file.read_text("utf-8"))
     except (yaml.YAMLError, UnicodeDecodeError) as error:
         raise ConfigError(f"{file} is not valid YAML: {error}") from None
+    except OSError as error:
+        raise ConfigError(f"{file} cannot be read: {error.strerror}") from None
     if tree is None:
         return {}
     if not isinstance(tree, Mapping):
@@ -241,21 +254,47 @@ def _read_yaml(file: Path) -> Mapping[str, Any]:
     return tree
 
 
+def _read_dotenv(file: Path) -> Mapping[str, str | None]:
+    try:
+        # Without interpolation: ${NAME} would bring in variables that are none of ours.
+        return dotenv_values(file, interpolate=False)
+    except (OSError, UnicodeDecodeError) as error:
+        raise ConfigError(f"{file} cannot be read: {error}") from None
+
+
 def _from_environ(environ: Mapping[str, str | None]) -> dict[str, Any]:
+    known = settings()
     found: dict[str, Any] = {}
     for name, text in environ.items():
         if not name.startswith(ENV_PREFIX) or text is None or name in _NOT_SETTINGS:
             continue
-        setting = name.removeprefix(ENV_PREFIX).lower().replace("__", ".")
-        try:
-            found[setting] = yaml.safe_load(text)
-        except yaml.YAMLError:
-            found[setting] = text
+        if name.startswith(_CLI_VARIABLE):  # a variable for the CLI: its name and its text are verbatim
+            found[f"claude.env.{name.removeprefix(_CLI_VARIABLE)}"] = text
+        elif text.strip():
+            setting = name.removeprefix(ENV_PREFIX).lower().replace("__", ".")
+            found[setting] = parse_value(setting, text, known)
     return found
+
+
+def parse_value(setting: str, text: str, known: Mapping[str, Any]) -> Any:
+    """The value that ``text`` from the environment or a command line means for a dotted setting."""
+    try:
+        value = yaml.safe_load(text)
+    except yaml.YAMLError:
+        return text
+    # "a: b", "#1" and "010" are fine names of files: text stays as it was written, but for null.
+    return text if value is not None and _is_text(known.get(setting)) else value
+
+
+def _is_text(field: Any) -> bool:
+    kind = getattr(field, "annotation", None)
+    kinds = get_args(kind) if isinstance(kind, UnionType) else (kind,)
+    return set(kinds) - {NoneType} <= {str, Path}
 
 
 # Variables of ours that are not settings: the configuration file's place, and what the executor gives to its
 # own children so that they can be recognised and can call back.
+_CLI_VARIABLE = f"{ENV_PREFIX}CLAUDE__ENV__"
 _NOT_SETTINGS = {f"{ENV_PREFIX}{name}" for name in ("CONFIG", "RUN_ID", "RUN_TOKEN", "INSTANCE_ID")}
 
 
@@ -263,24 +302,36 @@ def _is_known(name: str, known: Mapping[str, Any]) -> bool:
     return name in known or name.rpartition(".")[0] == "claude.env"
 
 
+def _is_section(name: str, known: Mapping[str, Any]) -> bool:
+    return any(setting.startswith(f"{name}.") for setting in known)
+
+
 def _unknown(name: str, origin: str, known: Mapping[str, Any]) -> str:
+    if _is_section(name, known):
+        return f"{name!r} is a section of settings and has no value of its own ({origin})"
     near = difflib.get_close_matches(name, known, n=1)
     hint = f"; did you mean {near[0]!r}?" if near else ""
     return f"unknown setting {name!r} ({origin}){hint}"
 
 
 def _nest(values: Mapping[str, Any]) -> dict[str, Any]:
+    """Dotted names → nested mappings; a setting comes before the parts that add to it (``merge`` sees to that)."""
     tree: dict[str, Any] = {}
     for name, value in values.items():
         *parents, leaf = name.split(".")
         node = tree
         for parent in parents:
             node = node.setdefault(parent, {})
-        node[leaf] = value
+            if not isinstance(node, dict):
+                break  # validation names the value that ought to be a mapping
+        else:
+            node[leaf] = dict(value) if isinstance(value, Mapping) else value
     return tree
 
 
 def _explain(error: Mapping[str, Any], origin: Mapping[str, str]) -> str:
     path = [str(part) for part in error["loc"]]
     name = next((n for n in (".".join(path[:i]) for i in range(len(path), 0, -1)) if n in origin), ".".join(path))
-    return f"{name}: {error['msg']}, got {json.dumps(error['input'], default=str)} ({origin.get(name, 'default')})"
+    # Variables for the CLI may be keys, and this text ends up in logs.
+    got = "***" if name.startswith("claude.env") else json.dumps(error["input"], default=str)
+    return f"{name}: {error['msg']}, got {got} ({origin.get(name, 'default')})"

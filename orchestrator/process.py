@@ -59,6 +59,7 @@ class ProcessConversation:
         self._pending: deque[Message] = deque()
         self._stderr = bytearray()
         self._writing = anyio.Lock()
+        self._heard = False
 
     def __repr__(self) -> str:
         return f"<ProcessConversation pid={self._process.pid} exit={self._process.returncode}>"
@@ -92,6 +93,7 @@ class ProcessConversation:
                     raise await self._exit_error() from None
             else:
                 self._pending.extend(self._decoder.feed(chunk))
+        self._heard = True
         message = self._pending[0]
         answer = self._dialect.answer_control(message)
         if answer is not None:
@@ -105,16 +107,16 @@ class ProcessConversation:
             with suppress(anyio.BrokenResourceError, anyio.ClosedResourceError):
                 await self._stdin.send(line)
 
-    async def _exit_error(self) -> CLIExitError:
+    async def _exit_error(self) -> CLIExitError | CLIStartError:
         with anyio.move_on_after(2):
             await self._process.wait()
         code = self._process.returncode
         tail = self.stderr_tail
         said = f": {tail[-500:]}" if tail else ""
-        return CLIExitError(
-            f"the CLI ended (exit code {code}) before it gave a result{said}",
-            details={"exit_code": code, "stderr": tail[-2000:], "skipped_lines": self.skipped_lines},
-        )
+        details = {"exit_code": code, "stderr": tail[-2000:], "skipped_lines": self.skipped_lines}
+        if not self._heard and code is not None and code > 0:
+            return CLIStartError(f"the CLI refused to start (exit code {code}){said}", details=details)
+        return CLIExitError(f"the CLI ended (exit code {code}) before it gave a result{said}", details=details)
 
     async def drain_stderr(self) -> None:
         assert self._process.stderr is not None

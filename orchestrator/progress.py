@@ -27,7 +27,6 @@ SYNTHETIC_MODEL = "<synthetic>"
 class Progress:
     """The state of one turn. ``cost_usd`` is None while nothing is known; ``estimated`` tells its basis."""
 
-    texts: list[str] = field(default_factory=list)
     model: str | None = None
     usage: Usage = field(default_factory=Usage)
     cost_usd: float | None = None
@@ -40,13 +39,14 @@ class Progress:
     assistant_error: str | None = None
     unpriced: bool = False
     unreadable: str | None = None
+    _said: dict[str, str] = field(default_factory=dict)
     _streaming: list[str] = field(default_factory=list)
     _request: dict[str, Any] = field(default_factory=dict)
 
     @property
     def text(self) -> str:
         """Everything the agent has said so far, the part still streaming included."""
-        return "\n\n".join([*self.texts, *filter(None, ["".join(self._streaming)])])
+        return "\n\n".join([*self._said.values(), *filter(None, ["".join(self._streaming)])])
 
     def feed(self, message: Message) -> None:
         """Take in one message."""
@@ -78,7 +78,10 @@ class Progress:
             self.activity = "thinking"
         if kind == "message_start":
             self._streaming.clear()  # of an attempt that broke off and is made again
-            self._request = {"model": message.event.get("message", {}).get("model"), **(message.usage or {})}
+            self.cut_short()
+            begun = message.event.get("message")
+            model = begun.get("model") if isinstance(begun, dict) else None
+            self._request = {**(message.usage or {}), "model": model}
         elif kind == "message_delta" and self._request:
             self._count({**self._request, **{k: v for k, v in (message.usage or {}).items() if v is not None}})
             self._request = {}
@@ -86,11 +89,13 @@ class Progress:
     def _count(self, request: dict[str, Any]) -> None:
         """Add one finished model request: its tokens, and its list price."""
         self.num_turns += 1
+        # Streamed events are the provider's, unchecked: a count in a new shape must not end the run.
+        counts = {key: value for key, value in request.items() if isinstance(value, int)}
         self.usage += Usage(
-            input_tokens=request.get("input_tokens") or 0,
-            output_tokens=request.get("output_tokens") or 0,
-            cache_read_tokens=request.get("cache_read_input_tokens") or 0,
-            cache_write_tokens=request.get("cache_creation_input_tokens") or 0,
+            input_tokens=counts.get("input_tokens", 0),
+            output_tokens=counts.get("output_tokens", 0),
+            cache_read_tokens=counts.get("cache_read_input_tokens", 0),
+            cache_write_tokens=counts.get("cache_creation_input_tokens", 0),
         )
         price = estimate_usd(str(request.pop("model")), request)
         if price is None:
@@ -99,7 +104,7 @@ class Progress:
             self.cost_usd = (self.cost_usd or 0.0) + price
 
     def cut_short(self) -> None:
-        """The turn has ended. A request left open, with no result to tell its price, has cost its input at least."""
+        """The request or the turn has ended. A request left open, with no result to tell its price, has cost its input at least."""
         if self.result is None and self._request:
             self._count(self._request)
             self._request = {}
@@ -110,14 +115,17 @@ class Progress:
             self.assistant_error = message.error or self.assistant_error
             return
         self.model = message.message.model or self.model
+        for taken_back in message.supersedes or ():
+            self._said.pop(taken_back, None)
         if text := message.text_content:
-            self.texts.append(text)
+            self._said[message.uuid or f"#{len(self._said)}"] = text
             self._streaming.clear()
         for use in message.tool_uses:
             self.activity = describe_tool(use.name, use.input)
 
     def _result(self, result: ResultMessage) -> None:
         self.result = result
+        self.initialised = self.initialised or not result.is_error
         self.num_turns = result.num_turns or self.num_turns
         self.activity = "done"
         spent = result.model_usage_since_last_result

@@ -30,7 +30,7 @@ async def build_spec(rt: Runtime, live: LiveRun, agent: Agent, task: Task) -> Sp
     mode: SessionMode = row.session_mode  # type: ignore[assignment]  # written by session_mode(), read from our own row
     return Spec(
         cwd=Path(row.cwd),
-        env=_environ(rt, live, url, searchable=tools is None),
+        env=_environ(rt, live, url, searchable=tools is None or "ToolSearch" in tools),
         session_id=row.session_id,
         session_mode=mode,
         source_session_id=row.source_session_id,
@@ -85,7 +85,7 @@ def _environ(rt: Runtime, live: LiveRun, url: str | None, *, searchable: bool) -
     if claude.base_url:
         extra["ANTHROPIC_BASE_URL"] = claude.base_url
     if not searchable:
-        # A list of tools has no search tool, without which the CLI's deferred MCP tools could never be found.
+        # The CLI would offer a placeholder for deferred tools, which an agent without the search tool never has.
         extra["ENABLE_TOOL_SEARCH"] = "false"
     if url:
         extra[TOKEN_ENV] = rt.tokens.issue(row.id)

@@ -8,7 +8,8 @@ import secrets
 from dataclasses import dataclass
 from typing import Self
 
-_TRACEPARENT = re.compile(r"^[0-9a-f]{2}-([0-9a-f]{32})-([0-9a-f]{16})-[0-9a-f]{2}")
+# W3C Trace Context: version 00 has exactly four fields, later versions may have more, ff is no version.
+_TRACEPARENT = re.compile(r"(?!ff|00.{53}-)[0-9a-f]{2}-([0-9a-f]{32})-([0-9a-f]{16})-[0-9a-f]{2}(?:-.*)?")
 
 
 @dataclass(frozen=True, slots=True)
@@ -26,7 +27,7 @@ class SpanContext:
     @classmethod
     def parse(cls, traceparent: str | None) -> Self | None:
         """The context in a ``traceparent`` header, or None if there is none or it is not valid."""
-        match = _TRACEPARENT.match((traceparent or "").strip().lower())
+        match = _TRACEPARENT.fullmatch((traceparent or "").strip().lower())
         if match is None or not int(match[1], 16) or not int(match[2], 16):
             return None
         return cls(match[1], match[2])

@@ -29,7 +29,9 @@ def project(tmp_path: Path) -> Path:
     folder = tmp_path / "project"
     (folder / "agents").mkdir(parents=True)
     write_agent(folder, "helper", tools="Read", body="You are the helper.")
-    write_agent(folder, "worker", tools="Read, Write, Bash", permissionMode="acceptEdits", body="You are the worker.")
+    write_agent(
+        folder, "worker", tools="Read, Write, Bash", permissionMode="acceptEdits", body="You are the worker."
+    )
     return folder
 
 

@@ -6,7 +6,6 @@ import shutil
 import signal
 import subprocess
 import sys
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -64,12 +63,12 @@ class Shell:
 
 
 @pytest.fixture(scope="module")
-def demo(tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[Shell, subprocess.CompletedProcess[str]]]:
+def demo(tmp_path_factory: pytest.TempPathFactory) -> tuple[Shell, subprocess.CompletedProcess[str]]:
     """A project in which the example ran once."""
     shell = Shell(tmp_path_factory.mktemp("cli"))
     shutil.copytree(ROOT / "examples", shell.project / "examples")
     shutil.copytree(ROOT / "agents", shell.project / "agents")
-    yield shell, shell.run("run", "examples/review_team.yaml", "--offline")
+    return shell, shell.run("run", "examples/review_team.yaml", "--offline")
 
 
 @pytest.fixture

@@ -280,7 +280,7 @@ for line in sys.stdin:
 
 
 async def test_tools_of_the_files_own_mcp_server(rt: Runtime, model: ModelServer, project: Path) -> None:
-    """They are on offer at once: an agent with a list of tools could not search for them."""
+    """They are on offer at once, not behind a search of their own."""
     server = project / "server.py"
     server.write_text(MCP_SERVER)
     servers = json.dumps({"x": {"command": sys.executable, "args": [str(server)]}})

@@ -28,7 +28,8 @@ def chain(project: Path, model: ModelServer) -> None:
         if below != " ":
             call = ToolUse(CALL, {"agent": below, "prompt": f"work for {name}"})
             model.rules.append(Rule(call, when={"system": f"You are agent {name}\\.", "tool_result": False}))
-            model.rules.append(Rule(_hand_up(name), when={"system": f"You are agent {name}\\.", "tool_result": True}))
+            heard = {"system": f"You are agent {name}\\.", "tool_result": True}
+            model.rules.append(Rule(_hand_up(name), when=heard))
     model.rules.append(Rule("d is done", when={"system": "You are agent d\\."}))
 
 

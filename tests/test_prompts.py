@@ -22,7 +22,7 @@ VERBATIM = {
     "mcp command": "/mcp__x__y",
     "shell": "!ls",
     "memory": "# remember this",
-    "quotes": "it's \"so\" `date` $(touch made) ${HOME} \\ & ; | > made",
+    "quotes": 'it\'s "so" `date` $(touch made) ${HOME} \\ & ; | > made',
     "separators": "one\u2028two\u2029three\u0085four\x0bfive",
     "line ends": "one\r\ntwo\rthree\n\nfour",
     "control characters": "bell \a escape \x1b[31mred\x1b[0m tab\t del \x7f",

@@ -20,10 +20,11 @@ from mcp_types import TextContent
 
 from mcp_tools import open_door, open_doors
 from orchestrator import __version__
-from orchestrator.delegate import Task, submit, wait
+from orchestrator.delegate import submit, wait
 from orchestrator.errors import ServerUnavailableError
 from orchestrator.runtime import Runtime
 from orchestrator.server import ServerState, claimed, read_state, serve, server_token, write_private
+from orchestrator.task import Task
 from orchestrator.testing import ModelServer, Request, Rule
 from orchestrator.tracing import SpanContext, new_run_id, new_trace_id
 
@@ -45,9 +46,12 @@ class Gate:
 @asynccontextmanager
 async def connected(url: str, token: str, *, mode: str = "auto", **headers: str) -> AsyncIterator[Client]:
     """An MCP client over HTTP."""
-    async with httpx2.AsyncClient(headers={"authorization": f"Bearer {token}", **headers}, timeout=30) as http:
-        async with Client(streamable_http_client(url, http_client=http), mode=mode) as client:
-            yield client
+    headers = {"authorization": f"Bearer {token}", **headers}
+    async with (
+        httpx2.AsyncClient(headers=headers, timeout=30) as http,
+        Client(streamable_http_client(url, http_client=http), mode=mode) as client,
+    ):
+        yield client
 
 
 async def call(client: Client, tool: str, **arguments: Any) -> str:
@@ -360,18 +364,19 @@ async def test_a_data_directory_is_free_again(tmp_path: Path) -> None:
         async with claimed(tmp_path):
             order.append("other")
 
-    async with anyio.create_task_group() as tg:
-        async with claimed(tmp_path):
-            tg.start_soon(other)
-            await anyio.wait_all_tasks_blocked()
-            order.append("first")
+    async with anyio.create_task_group() as tg, claimed(tmp_path):
+        tg.start_soon(other)
+        await anyio.wait_all_tasks_blocked()
+        order.append("first")
     assert order == ["first", "other"]
 
 
 async def test_an_address_that_is_taken(rt: Runtime) -> None:
-    with socket.create_server(("127.0.0.1", 0)) as taken:
-        with pytest.raises(ServerUnavailableError, match="cannot listen on 127.0.0.1:"):
-            await serve(rt, open_doors, port=taken.getsockname()[1])
+    with (
+        socket.create_server(("127.0.0.1", 0)) as taken,
+        pytest.raises(ServerUnavailableError, match=r"cannot listen on 127\.0\.0\.1:\d+: "),
+    ):
+        await serve(rt, open_doors, port=taken.getsockname()[1])
     async with claimed(rt.config.data_path):
         pass
 

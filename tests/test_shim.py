@@ -430,6 +430,33 @@ async def test_the_server_dies_in_the_middle_of_a_call(
             assert (await client.ask("tools/list"))["result"]
 
 
+@pytest.mark.usefixtures("sweeping")
+async def test_the_server_is_stopped_in_the_middle_of_a_call(
+    installed: Config, environ: dict[str, str], model: ModelServer
+) -> None:
+    model.rules = [Rule(Gate())]
+    async with started(installed, environ) as client:
+        await client.say("subscriptions/listen", {"notifications": {"toolsListChanged": True}}, modern=True)
+        await client.hear()
+        first = server_of(installed)
+        call = {"name": "delegate", "arguments": {"agent": "helper", "prompt": "first"}}
+        id_ = await client.say("tools/call", call, modern=True)
+        await model.wait_for("first")
+        os.kill(first.pid, signal.SIGTERM)
+
+        answer = await client.hear()
+
+        # The run's own end, and no end of the subscription: the client would ask for it again, and we with it
+        # for a server that somebody has just stopped.
+        assert answer["id"] == id_
+        assert "shutting down" in answer["result"]["content"][0]["text"]
+        with anyio.fail_after(10):
+            await anyio.to_thread.run_sync(psutil.Process(first.pid).wait)
+        assert read_state(installed.data_path) is None
+        assert (await client.ask("tools/list"))["result"]
+        assert server_of(installed).pid != first.pid
+
+
 async def test_a_server_that_cannot_start(tmp_path: Path, environ: dict[str, str]) -> None:
     project = tmp_path / "broken"
     project.mkdir()

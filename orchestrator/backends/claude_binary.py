@@ -20,7 +20,15 @@ class Candidate:
 
     @property
     def usable(self) -> bool:
-        return self.path is not None and self.path.is_file() and os.access(self.path, os.X_OK)
+        # Asked in this order, a place we may not even look into is just not usable.
+        return self.path is not None and os.access(self.path, os.X_OK) and self.path.is_file()
+
+    def __str__(self) -> str:
+        if self.path is None:
+            return f"{self.origin}: nothing"
+        return (
+            f"{self.origin}: {self.path} {'is not executable' if os.access(self.path, os.F_OK) else 'is not there'}"
+        )
 
 
 def candidates(configured: Path | None, environ: Mapping[str, str], home: Path) -> list[Candidate]:
@@ -30,7 +38,8 @@ def candidates(configured: Path | None, environ: Mapping[str, str], home: Path) 
     on_path = shutil.which("claude", path=environ.get("PATH", ""))
     usual = (home / ".local/bin/claude", home / ".claude/local/claude", Path("/usr/local/bin/claude"))
     return [
-        Candidate("PATH", Path(on_path) if on_path else None),
+        # Absolute: agents run in other directories, and PATH may have relative entries.
+        Candidate("PATH", Path(on_path).absolute() if on_path else None),
         *(Candidate("usual place", path) for path in usual),
         Candidate("claude_agent_sdk", _bundled()),
     ]
@@ -42,8 +51,7 @@ def find_binary(configured: Path | None, environ: Mapping[str, str], home: Path)
     for candidate in looked:
         if candidate.usable:
             return candidate
-    places = "; ".join(f"{c.origin}: {c.path or 'nothing'}" for c in looked)
-    raise CLINotFoundError(f"no Claude Code CLI found ({places})")
+    raise CLINotFoundError(f"no Claude Code CLI found ({'; '.join(map(str, looked))})")
 
 
 def version_of(binary: Path, timeout: float = 10) -> str:
@@ -52,7 +60,8 @@ def version_of(binary: Path, timeout: float = 10) -> str:
         done = subprocess.run(
             [str(binary), "--version"],
             capture_output=True,
-            text=True,
+            encoding="utf-8",
+            errors="replace",
             timeout=timeout,
             check=True,
             stdin=subprocess.DEVNULL,
@@ -60,7 +69,7 @@ def version_of(binary: Path, timeout: float = 10) -> str:
         )
     except (OSError, subprocess.SubprocessError) as error:
         raise CLINotFoundError(f"{binary} does not answer --version: {error}") from error
-    return done.stdout.strip()
+    return done.stdout.strip().partition("\n")[0]
 
 
 def _bundled() -> Path | None:

@@ -29,21 +29,30 @@ SHUTDOWN_SECONDS = 3.0
 
 
 class Exporter:
-    """Sends the span of each run that ends. ``failed`` counts spans a collector did not take."""
+    """Sends the span of each run that ends. ``delivered`` counts spans the collector took."""
 
     def __init__(self, processor: "BatchSpanProcessor | None" = None, *, content: bool = False) -> None:
         self._processor = processor
         self._content = content
-        self.failed = 0
+        self._queued = 0
+        self._closed = False
+        self.refused = 0
+        self.delivered = 0
 
     @property
     def enabled(self) -> bool:
         return self._processor is not None
 
+    @property
+    def failed(self) -> int:
+        """Spans the collector did not take; after ``shutdown`` also those that were still waiting for it."""
+        return self._queued - self.delivered if self._closed else self.refused
+
     def export(self, run: Run) -> None:
         """Queue the run's span; returns at once and never raises."""
         if self._processor is None:
             return
+        self._queued += 1
         try:
             self._processor.on_end(to_otel(run_span(run, content=self._content)))
         except Exception:  # a broken exporter must not fail the run it tells about
@@ -57,6 +66,7 @@ class Exporter:
         thread = threading.Thread(target=self._processor.shutdown, daemon=True)
         thread.start()
         await anyio.to_thread.run_sync(thread.join, SHUTDOWN_SECONDS)
+        self._closed = True
         if self.failed:
             log.warning(
                 "%d spans were not taken by the collector; `orchestrator trace export` has them", self.failed
@@ -68,7 +78,10 @@ async def open_exporter(config: Config, environ: Mapping[str, str]) -> AsyncIter
     """The exporter the environment asks for; one that does nothing where it asks for none."""
     exporter = Exporter()
     if config.telemetry.enabled and (endpoint := endpoint_of(environ)):
-        exporter = await anyio.to_thread.run_sync(_build, endpoint, environ, config.telemetry.content)
+        try:
+            exporter = await anyio.to_thread.run_sync(_build, endpoint, environ, config.telemetry.content)
+        except Exception as error:  # noqa: BLE001  # wrong OTEL_* variables cost the spans, not the runs
+            log.warning("no spans will be sent to %s: %s", endpoint, error)
     try:
         yield exporter
     finally:
@@ -130,9 +143,15 @@ def _build(endpoint: str, environ: Mapping[str, str], content: bool) -> Exporter
         """The batch processor throws the result of an export away; we count what was lost."""
 
         def export(self, spans: Any) -> SpanExportResult:
-            result = inner.export(spans)
-            if result is not SpanExportResult.SUCCESS:
-                exporter.failed += len(spans)
+            try:
+                result = inner.export(spans)
+            except Exception as error:  # noqa: BLE001  # an endpoint that is no URL, for one
+                log.warning("spans could not be sent: %s", error)
+                result = SpanExportResult.FAILURE
+            if result is SpanExportResult.SUCCESS:
+                exporter.delivered += len(spans)
+            else:
+                exporter.refused += len(spans)
             return result
 
         def shutdown(self) -> None:

@@ -88,13 +88,17 @@ def _figures(run: Run) -> dict[str, Any]:
 
 
 def _content(run: Run) -> dict[str, Any]:
-    def spoken(role: str, text: str | None) -> str | None:
-        return _cut(json.dumps([{"role": role, "parts": [{"type": "text", "content": text}]}])) if text else None
-
     return {
-        names.INPUT_MESSAGES: spoken("user", run.prompt),
-        names.OUTPUT_MESSAGES: spoken("assistant", run.text),
+        names.INPUT_MESSAGES: _spoken("user", run.prompt) if run.prompt else None,
+        names.OUTPUT_MESSAGES: _spoken("assistant", run.text) if run.text else None,
     }
+
+
+def _spoken(role: str, text: str) -> str:
+    """A message of the conventions. The text is cut, not the JSON around it: viewers parse it."""
+    while len(said := json.dumps([{"role": role, "parts": [{"type": "text", "content": text}]}])) > MAX_VALUE_CHARS:
+        text = text[: len(text) * MAX_VALUE_CHARS // len(said) - 100] + "…"
+    return said
 
 
 def tool_spans(run: Run, messages: Sequence[StoredMessage], *, content: bool = True) -> list[SpanData]:
@@ -148,10 +152,20 @@ def tool_span_id(run_id: str, tool_use_id: str) -> str:
 def _blocks(message: StoredMessage, kind: str, block_type: str) -> list[dict[str, Any]]:
     if message.type != kind or message.body.get("parent_tool_use_id"):
         return []
-    content = message.body.get("message", {}).get("content")
+    said = message.body.get("message")
+    content = said.get("content") if isinstance(said, dict) else None
     if not isinstance(content, list):
         return []
-    return [block for block in content if isinstance(block, dict) and block.get("type") == block_type]
+    needed = _NEEDED[block_type]
+    return [
+        block
+        for block in content
+        if isinstance(block, dict) and block.get("type") == block_type and all(block.get(key) for key in needed)
+    ]
+
+
+# The journal also keeps blocks of a shape nobody knows; without these there is no span to make of one.
+_NEEDED = {"tool_use": ("id", "name"), "tool_result": ("tool_use_id",)}
 
 
 def _known(attributes: dict[str, Any]) -> dict[str, str | int | float | bool]:
