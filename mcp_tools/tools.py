@@ -19,7 +19,7 @@ from mcp_tools.strict import StrictTool
 from mcp_tools.waiting import activity, wait_all
 from orchestrator import __version__
 from orchestrator.agents import resolve_model
-from orchestrator.delegate import cancel, submit, wait
+from orchestrator.delegation import cancel, submit, wait
 from orchestrator.errors import ConfigError, OrchestratorError
 from orchestrator.outcome import Outcome, RunStatus
 from orchestrator.runtime import Runtime
@@ -89,7 +89,7 @@ class Tools:
 
     async def delegate(
         self,
-        agent: Annotated[str, Field(description="Name of the agent; list_agents has them.")],
+        agent: Annotated[str, Field(max_length=256, description="Name of the agent; list_agents has them.")],
         prompt: Annotated[str, Field(description="The whole task. The agent sees nothing else.")],
         ctx: Context,
         model: Annotated[str | None, Field(description="Model alias or id, over the agent's own.")] = None,
@@ -97,9 +97,11 @@ class Tools:
         fork: Annotated[bool, Field(description="Go on with a copy of the session instead.")] = False,
         cwd: Annotated[str | None, Field(description="Working directory; default: the project's.")] = None,
         budget_usd: Annotated[
-            float | None, Field(ge=0, description="Most the run and all it starts may cost.")
+            float | None, Field(ge=0, allow_inf_nan=False, description="Most the run and all it starts may cost.")
         ] = None,
-        timeout_s: Annotated[float | None, Field(gt=0, description="Seconds after which the run is ended.")] = None,
+        timeout_s: Annotated[
+            float | None, Field(gt=0, allow_inf_nan=False, description="Seconds after which the run is ended.")
+        ] = None,
         wait_s: Annotated[
             Wait,
             Field(description="Seconds to wait for the answer, then the run goes on; 0 returns at once."),

@@ -5,7 +5,7 @@ from collections.abc import Awaitable, Callable, Sequence
 
 import anyio
 
-from orchestrator.delegate import wait
+from orchestrator.delegation import wait
 from orchestrator.groups import unwrapped
 from orchestrator.outcome import Outcome
 from orchestrator.runtime import Runtime
@@ -25,13 +25,15 @@ async def wait_all(rt: Runtime, run_ids: Sequence[str], seconds: float, say: Say
     Cancelling it touches no run.
     """
     outcomes: dict[str, Outcome] = {}
+    waiting = list(run_ids)
 
     async def collect(run_id: str) -> None:
         outcomes[run_id] = await wait(rt, run_id)
+        waiting.remove(run_id)
 
     with anyio.move_on_after(seconds), unwrapped():
         async with anyio.create_task_group() as narrating:
-            narrating.start_soon(_narrate, rt, run_ids, say)
+            narrating.start_soon(_narrate, rt, waiting, len(run_ids), say)
             async with anyio.create_task_group() as collecting:
                 for run_id in run_ids:
                     collecting.start_soon(collect, run_id)
@@ -39,28 +41,28 @@ async def wait_all(rt: Runtime, run_ids: Sequence[str], seconds: float, say: Say
     return outcomes
 
 
-async def _narrate(rt: Runtime, run_ids: Sequence[str], say: Say) -> None:
+async def _narrate(rt: Runtime, waiting: Sequence[str], total: int, say: Say) -> None:
     begun = time.monotonic()
     with rt.events.watch() as watcher:
         events = aiter(watcher)
-        while True:
-            said = activity(rt, run_ids)
+        while waiting:
+            said = activity(rt, waiting, total)
             await say(round(time.monotonic() - begun, 1), None, said)
             await anyio.sleep(THROTTLE_SECONDS)
             with anyio.move_on_after(HEARTBEAT_SECONDS - THROTTLE_SECONDS):
                 # An event says that something changed; what is true now is on the runs.
-                while activity(rt, run_ids) == said:
+                while waiting and activity(rt, waiting, total) == said:
                     await anext(events)
 
 
-def activity(rt: Runtime, run_ids: Sequence[str]) -> str:
-    """One line about what these runs are doing now."""
-    busy = [_doing(rt, run_id) for run_id in run_ids if run_id in rt.live]
-    if len(run_ids) == 1:
-        return busy[0] if busy else "working in another process"
-    return f"{len(run_ids) - len(busy)} of {len(run_ids)} done; {'; '.join(busy[:3])}".removesuffix("; ")
+def activity(rt: Runtime, waiting: Sequence[str], total: int = 1) -> str:
+    """One line about what these runs are doing now, ``total`` with those that have ended."""
+    shown = "; ".join(_doing(rt, run_id) for run_id in waiting[:3])
+    return shown if total == 1 else f"{total - len(waiting)} of {total} done; {shown}"
 
 
 def _doing(rt: Runtime, run_id: str) -> str:
-    live = rt.live[run_id]
+    live = rt.live.get(run_id)
+    if live is None:
+        return "in another process"
     return f"{live.row.name}: {'queued' if live.row.status == 'queued' else live.progress.activity}"

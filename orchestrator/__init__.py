@@ -11,7 +11,7 @@ __version__ = "0.1.0"
 if TYPE_CHECKING:
     from orchestrator.agents import Agent, Catalog
     from orchestrator.config import Config, load_config
-    from orchestrator.delegate import delegate, submit
+    from orchestrator.delegation import delegate, submit
     from orchestrator.errors import OrchestratorError
     from orchestrator.outcome import Outcome, Usage
     from orchestrator.plan_runs import run_plan
@@ -24,8 +24,8 @@ _HOME = {
     "Config": "orchestrator.config",
     "load_config": "orchestrator.config",
     "Task": "orchestrator.task",
-    "delegate": "orchestrator.delegate",
-    "submit": "orchestrator.delegate",
+    "delegate": "orchestrator.delegation",
+    "submit": "orchestrator.delegation",
     "OrchestratorError": "orchestrator.errors",
     "Outcome": "orchestrator.outcome",
     "Usage": "orchestrator.outcome",

@@ -27,7 +27,7 @@ ENV_PREFIX = "ORCHESTRATOR_"
 
 
 class _Section(BaseModel):
-    # Numbers may stand where text is asked for: `CLAUDE_CODE_MAX_OUTPUT_TOKENS: 8000` in claude.env is meant as it is.
+    # Numbers may stand where text is asked for: a port or a size in claude.env is meant as it is written.
     model_config = ConfigDict(extra="forbid", frozen=True, coerce_numbers_to_str=True)
 
 
@@ -278,12 +278,13 @@ def _from_environ(environ: Mapping[str, str | None]) -> dict[str, Any]:
 
 def parse_value(setting: str, text: str, known: Mapping[str, Any]) -> Any:
     """The value that ``text`` from the environment or a command line means for a dotted setting."""
+    if _is_text(known.get(setting)):
+        # "a: b", "#1" and "010" are fine names of files.
+        return None if text.strip() == "null" else text
     try:
-        value = yaml.safe_load(text)
+        return yaml.safe_load(text)
     except yaml.YAMLError:
         return text
-    # "a: b", "#1" and "010" are fine names of files: text stays as it was written, but for null.
-    return text if value is not None and _is_text(known.get(setting)) else value
 
 
 def _is_text(field: Any) -> bool:

@@ -3,11 +3,13 @@
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from orchestrator.config import Config
 from orchestrator.errors import ScenarioError
-from orchestrator.testing import ModelServer, load_scenario, running_model_server
+
+if TYPE_CHECKING:
+    from orchestrator.testing import ModelServer
 
 # Not a credential: the CLI wants some key before it talks to any server.
 OFFLINE_KEY = "sk-ant-offline-no-credential"
@@ -19,8 +21,11 @@ def scenario_beside(plan: Path) -> Path:
 
 
 @asynccontextmanager
-async def offline_model(scenario: Path) -> AsyncIterator[ModelServer]:
+async def offline_model(scenario: Path) -> AsyncIterator["ModelServer"]:
     """Serve the scenario file on loopback. Raises ScenarioError."""
+    # A tenth of a second that runs with a real model need not pay.
+    from orchestrator.testing import load_scenario, running_model_server  # noqa: PLC0415
+
     if not scenario.is_file():
         raise ScenarioError(
             f"no scenario at {scenario}",

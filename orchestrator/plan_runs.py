@@ -14,7 +14,7 @@ from typing import Any
 
 import anyio
 
-from orchestrator.delegate import conclude, delegate, summary, wait
+from orchestrator.delegation import conclude, delegate, summary, wait
 from orchestrator.errors import (
     BudgetExceededError,
     OrchestratorError,

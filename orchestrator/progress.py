@@ -104,7 +104,7 @@ class Progress:
             self.cost_usd = (self.cost_usd or 0.0) + price
 
     def cut_short(self) -> None:
-        """The request or the turn has ended. A request left open, with no result to tell its price, has cost its input at least."""
+        """The turn, or an attempt, broke off. A request left open, with no result to price it, cost its input."""
         if self.result is None and self._request:
             self._count(self._request)
             self._request = {}

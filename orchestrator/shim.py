@@ -16,9 +16,8 @@ import threading
 import time
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, suppress
-from dataclasses import dataclass
 from pathlib import Path
-from typing import IO, Any
+from typing import IO, Any, NamedTuple
 
 from orchestrator import __version__
 
@@ -96,8 +95,7 @@ def _user_data(environ: Mapping[str, str]) -> str:
 # -- reaching it --------------------------------------------------------------------------------------------
 
 
-@dataclass(frozen=True, slots=True, eq=False)
-class Connection:
+class Connection(NamedTuple):  # a dataclass would cost a fifth of the whole start
     """A connection that is past its hello."""
 
     socket: socket.socket

@@ -4,11 +4,12 @@ import hashlib
 import os
 from pathlib import Path
 
+import frontmatter
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from orchestrator.agent_files import MAX_BYTES, Agent, parse_agent
+from orchestrator.agent_files import MAX_BYTES, Agent, parse_agent, read_agent
 from orchestrator.agent_keys import BUILT_IN_TOOLS
 from orchestrator.agents import FileReport, validate_tree
 from orchestrator.errors import AgentError
@@ -443,3 +444,13 @@ RULES = st.from_regex(r"[A-Z][a-z]{1,8}(\([a-z *:,]{1,10}\))?", fullmatch=True)
 def test_rules_are_split_between_and_not_within(rules: list[str], separator: str) -> None:
     quoted = separator.join(rules).replace("'", "''")
     assert parse(agent_file(f"tools: '{quoted}'")).tools == tuple(rules)
+
+
+@pytest.mark.parametrize("path", sorted((CORPUS / "loaded").glob("*.md")), ids=lambda path: path.name)
+def test_valid_files_read_as_python_frontmatter_reads_them(path: Path) -> None:
+    """An independent reader of the same format agrees on every file it can read."""
+    theirs = frontmatter.load(str(path))
+    ours = read_agent(path, source="project")
+    assert ours.name == theirs["name"]
+    assert ours.description == str(theirs["description"]).strip()
+    assert ours.system_prompt == theirs.content.replace("\r\n", "\n").strip()

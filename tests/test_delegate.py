@@ -10,7 +10,7 @@ from typing import Any
 import anyio
 import pytest
 
-from orchestrator.delegate import cancel, delegate, submit, wait
+from orchestrator.delegation import cancel, delegate, submit, wait
 from orchestrator.errors import (
     AgentError,
     AgentNotFoundError,

@@ -17,7 +17,7 @@ from mcp_types import CallToolResult, TextContent
 from mcp_tools import build_server, open_door, results
 from mcp_tools.context import CALLER_KEY
 from orchestrator.config import Config
-from orchestrator.delegate import delegate, submit, wait
+from orchestrator.delegation import delegate, submit, wait
 from orchestrator.errors import ConfigError, RateLimitError
 from orchestrator.outcome import Outcome
 from orchestrator.runtime import Runtime
@@ -51,7 +51,8 @@ def facts_of(result: CallToolResult) -> dict[str, str]:
 def error_of(result: CallToolResult) -> dict[str, Any]:
     """The JSON line of an error."""
     assert result.is_error
-    return json.loads(text_of(result).splitlines()[-1])
+    told: dict[str, Any] = json.loads(text_of(result).splitlines()[-1])
+    return told
 
 
 class Gate:

@@ -8,7 +8,7 @@ import anyio
 import pytest
 
 from mcp_tools import open_door
-from orchestrator.delegate import delegate
+from orchestrator.delegation import delegate
 from orchestrator.runtime import Runtime
 from orchestrator.store import Run
 from orchestrator.task import Task

@@ -4,7 +4,7 @@ from pathlib import Path
 
 import pytest
 
-from orchestrator.delegate import delegate
+from orchestrator.delegation import delegate
 from orchestrator.errors import PromptError
 from orchestrator.runtime import Runtime
 from orchestrator.task import Task

@@ -20,7 +20,7 @@ from mcp_types import TextContent
 
 from mcp_tools import open_door, open_doors
 from orchestrator import __version__
-from orchestrator.delegate import submit, wait
+from orchestrator.delegation import submit, wait
 from orchestrator.errors import ServerUnavailableError
 from orchestrator.runtime import Runtime
 from orchestrator.server import ServerState, claimed, read_state, serve, server_token, write_private
@@ -84,7 +84,7 @@ async def test_requests_are_checked(rt: Runtime, url: str) -> None:
         for path in ("/mcp", "/readyz", "/", "/nothing"):
             assert await status(path) == 401
         for wrong in ("Bearer wrong", f"Basic {TOKEN}", TOKEN, "Bearer", "Bearer é"):
-            response = await http.get("/readyz", headers={"authorization": wrong.encode()})
+            response = await http.get("/readyz", headers={b"authorization": wrong.encode()})
             assert response.status_code == 401
             # Anything about OAuth here would send clients looking for an authorization server.
             assert response.headers["www-authenticate"] == "Bearer"

@@ -9,7 +9,7 @@ import anyio
 import anyio.lowlevel
 import pytest
 
-from orchestrator.delegate import cancel, delegate, submit, wait
+from orchestrator.delegation import cancel, delegate, submit, wait
 from orchestrator.errors import OrchestratorError, SessionBusyError, SessionNotFoundError
 from orchestrator.outcome import Outcome
 from orchestrator.runtime import Runtime

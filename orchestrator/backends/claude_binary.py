@@ -27,7 +27,7 @@ class Candidate:
         if self.path is None:
             return f"{self.origin}: nothing"
         return (
-            f"{self.origin}: {self.path} {'is not executable' if os.access(self.path, os.F_OK) else 'is not there'}"
+            f"{self.origin}: {self.path} {'is not a program' if os.access(self.path, os.F_OK) else 'is not there'}"
         )
 
 

@@ -18,7 +18,7 @@ from orchestrator.cli.common import (
     print_json,
     run_async,
 )
-from orchestrator.delegate import submit
+from orchestrator.delegation import submit
 from orchestrator.errors import ConfigError
 from orchestrator.offline import offline_model, offline_settings
 from orchestrator.outcome import Outcome

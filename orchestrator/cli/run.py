@@ -15,7 +15,7 @@ import yaml
 
 from orchestrator.cli.common import as_json, config_of, exit_code, is_terminal, money, run_async
 from orchestrator.config import Config
-from orchestrator.delegate import cancel
+from orchestrator.delegation import cancel
 from orchestrator.errors import PlanError
 from orchestrator.events import Event, Watcher
 from orchestrator.offline import offline_model, offline_settings, scenario_beside

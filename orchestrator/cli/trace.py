@@ -9,9 +9,11 @@ import click
 from orchestrator.cli.common import as_json, config_of, duration, print_json, run_async
 from orchestrator.cli.views import console, runs_tree
 from orchestrator.config import Config
+from orchestrator.progress import describe_tool
 from orchestrator.store import Run, StoredMessage, open_store
+from orchestrator.telemetry import names
 from orchestrator.telemetry.jaeger import jaeger_json
-from orchestrator.telemetry.spans import SpanData, run_span, tool_spans
+from orchestrator.telemetry.spans import MAX_VALUE_CHARS, SpanData, run_span, tool_spans
 
 
 @click.group("trace")
@@ -37,11 +39,17 @@ def show_command(ctx: click.Context, run_id: str, tools: bool, as_json: bool) ->
 
 
 def _tool_lines(spans: list[SpanData]) -> list[str]:
-    return [
-        f"{span.name.removeprefix('execute_tool ')}  {duration((span.end_us - span.start_us) // 1000)}"
-        + ("  failed" if span.error else "")
-        for span in spans
-    ]
+    return [_tool_line(span) for span in spans]
+
+
+def _tool_line(span: SpanData) -> str:
+    arguments = json.loads(str(span.attributes[names.TOOL_ARGUMENTS])) if not _is_cut(span) else {}
+    said = describe_tool(str(span.attributes[names.TOOL_NAME]), arguments if isinstance(arguments, dict) else {})
+    return f"{said}  {duration((span.end_us - span.start_us) // 1000)}{'  failed' if span.error else ''}"
+
+
+def _is_cut(span: SpanData) -> bool:
+    return len(str(span.attributes[names.TOOL_ARGUMENTS])) >= MAX_VALUE_CHARS
 
 
 @trace_command.command("export")

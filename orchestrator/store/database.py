@@ -6,6 +6,7 @@ Messages of a run are written without waiting (``write_soon``) in batches of at 
 """
 
 import logging
+import sqlite3
 from collections.abc import AsyncIterator, Mapping, Sequence
 from contextlib import AsyncExitStack, asynccontextmanager, suppress
 from dataclasses import dataclass, field
@@ -119,6 +120,8 @@ async def open_sqlite(path: Path) -> AsyncIterator[SQLite]:
     async with AsyncExitStack() as stack:
         try:
             path.parent.mkdir(parents=True, exist_ok=True, mode=0o700)
+            # aiosqlite's thread outlives a connect that fails, and complains when the event loop is gone.
+            await anyio.to_thread.run_sync(_try_to_open, path)
             writer = await stack.enter_async_context(_connection(path))
             await _migrate(writer, path)
             reader = await stack.enter_async_context(_connection(path))
@@ -134,9 +137,14 @@ async def open_sqlite(path: Path) -> AsyncIterator[SQLite]:
                     send.close()  # the writer ends by itself once the queue is empty
 
 
+def _try_to_open(path: Path) -> None:
+    sqlite3.connect(path).close()
+
+
 @asynccontextmanager
 async def _connection(path: Path) -> AsyncIterator[aiosqlite.Connection]:
-    connection = await aiosqlite.connect(path, isolation_level=None, timeout=BUSY_SECONDS)
+    with anyio.CancelScope(shield=True):  # as with one that fails, so with one that is cancelled
+        connection = await aiosqlite.connect(path, isolation_level=None, timeout=BUSY_SECONDS)
     try:
         connection.row_factory = aiosqlite.Row
         await connection.execute("PRAGMA journal_mode=WAL")

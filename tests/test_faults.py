@@ -1,0 +1,359 @@
+"""What goes wrong behind the CLI and in it: the right error, in bounded time, and nothing left behind."""
+
+import socket
+import sys
+from collections.abc import Callable, Mapping
+from contextlib import AbstractAsyncContextManager
+from pathlib import Path
+from typing import Any
+
+import anyio
+import anyio.to_thread
+import psutil
+import pytest
+
+from orchestrator.delegation import delegate
+from orchestrator.outcome import Outcome
+from orchestrator.process import RUN_ID_ENV
+from orchestrator.runtime import Runtime
+from orchestrator.task import Task
+from orchestrator.testing import Fault, ModelServer, Reply, Rule
+
+OpenRuntime = Callable[..., AbstractAsyncContextManager[Runtime]]
+
+
+def error_of(outcome: Outcome) -> dict[str, Any]:
+    assert outcome.error is not None, outcome
+    return outcome.error
+
+
+def verdict(outcome: Outcome) -> tuple[Any, ...]:
+    """What a caller decides from."""
+    error = error_of(outcome)
+    return (outcome.status, error["code"], error["retryable"], error["scope"])
+
+
+def carriers(run_id: str) -> list[psutil.Process]:
+    """Processes that belong to a run. Those that only wait for their parent's notice have no environment left."""
+    found = []
+    for process in psutil.process_iter():
+        try:
+            if process.environ().get(RUN_ID_ENV) == run_id:
+                found.append(process)
+        except (psutil.Error, OSError):
+            continue
+    return found
+
+
+async def nothing_is_left_of(outcome: Outcome) -> None:
+    """What was killed has three seconds to be gone."""
+    left = carriers(outcome.run_id)
+    _, alive = await anyio.to_thread.run_sync(psutil.wait_procs, left, 3)
+    assert [process.name() for process in alive if process.status() != psutil.STATUS_ZOMBIE] == []
+
+
+# --- The provider
+
+
+def faulty(**fault: Any) -> Reply:
+    return Reply("Half and half.", fault=Fault(**fault))
+
+
+# Fault → status, error code, whether trying again can help, how far the trouble reaches.
+HTTP_FAULTS: Mapping[str, tuple[Reply, tuple[Any, ...]]] = {
+    "a refused key": (faulty(status=401), ("failed", "authentication", False, "account")),
+    "a refused account": (faulty(status=403), ("failed", "permission", False, "account")),
+    "no credit": (
+        faulty(status=400, message="Your credit balance is too low to access the Anthropic API."),
+        ("failed", "billing", False, "account"),
+    ),
+    "an unknown model": (faulty(status=404), ("failed", "model_not_found", False, "agent")),
+    "a rate limit": (faulty(status=429), ("failed", "rate_limit", True, "account")),
+    "a short rate limit": (
+        faulty(status=429, headers={"retry-after": 2}),
+        ("failed", "rate_limit", True, "account"),
+    ),
+    "a long rate limit": (
+        faulty(status=429, headers={"retry-after": 7200}),
+        ("failed", "rate_limit", True, "account"),
+    ),
+    "a server error": (faulty(status=500), ("failed", "server_error", True, "provider")),
+    "overload": (faulty(status=529), ("failed", "overloaded", True, "provider")),
+}
+
+BROKEN_ANSWERS: Mapping[str, tuple[Reply, tuple[Any, ...]]] = {
+    "cut short": (faulty(truncate_at=4), ("failed", "connection", True, "provider")),
+    "reset": (faulty(reset_at=0), ("failed", "connection", True, "provider")),
+    "an error event": (faulty(error_at=4), ("failed", "server_error", True, "provider")),
+    "a web page": (faulty(body="<html>Sign in</html>"), ("failed", "connection", True, "provider")),
+    "a refusal": (Reply("No.", stop_reason="refusal"), ("failed", "refusal", False, "request")),
+    "no end": (Reply("On and", stop_reason="max_tokens"), ("failed", "invalid_request", False, "request")),
+}
+
+
+async def all_at_once(rt: Runtime, names: Mapping[str, Any]) -> dict[str, Outcome]:
+    """One run for each name, which is its prompt; all at the same time."""
+    outcomes: dict[str, Outcome] = {}
+
+    async def one(name: str) -> None:
+        outcomes[name] = await delegate(rt, Task(agent="helper", prompt=name))
+
+    async with anyio.create_task_group() as tg:
+        for name in names:
+            tg.start_soon(one, name)
+    return outcomes
+
+
+def says(name: str, *replies: Reply | str) -> Rule:
+    """What the model says, one after the other, in the conversation that began with ``name``."""
+    return Rule(list(replies), when=lambda request: request.texts[0].strip() == name)
+
+
+@pytest.mark.parametrize("faults", [HTTP_FAULTS, BROKEN_ANSWERS], ids=["http", "answer"])
+async def test_faults_that_stay(
+    runtime: OpenRuntime, model: ModelServer, faults: Mapping[str, tuple[Reply, tuple[Any, ...]]]
+) -> None:
+    model.rules = [says(name, reply) for name, (reply, _) in faults.items()]
+    async with runtime(claude__max_retries=0) as rt:
+        with anyio.fail_after(20):  # a long retry-after is not slept, neither by the CLI nor by us
+            outcomes = await all_at_once(rt, faults)
+        assert {name: verdict(outcome) for name, outcome in outcomes.items()} == {
+            name: expected for name, (_, expected) in faults.items()
+        }
+        assert not model.unmatched
+        # And the next run does not suffer from any of it.
+        model.rules = [Rule("as if nothing had happened")]
+        healthy = await delegate(rt, Task(agent="helper", prompt="and now?"))
+    assert healthy.text == "as if nothing had happened"
+    for outcome in outcomes.values():
+        await nothing_is_left_of(outcome)
+
+
+async def test_faults_that_pass(rt: Runtime, model: ModelServer) -> None:
+    """Slow, because the CLI notices a stall after ten seconds at the earliest."""
+    faults = {
+        "stalled": faulty(stall_at=4),
+        "malformed": faulty(malformed_at=4),
+        "busy": faulty(status=529),
+        "wait two seconds": faulty(status=429, headers={"retry-after": 2}),
+        **{name: reply for name, (reply, _) in BROKEN_ANSWERS.items() if reply.fault},
+    }
+    model.rules = [says(name, reply, "Whole.") for name, reply in faults.items()]
+    with anyio.fail_after(30):
+        outcomes = await all_at_once(rt, faults)
+    assert {name: outcome.text for name, outcome in outcomes.items()} == dict.fromkeys(faults, "Whole.")
+    assert not model.unmatched
+
+
+async def test_data_that_stays_malformed(rt: Runtime, model: ModelServer) -> None:
+    model.rules = [Rule(faulty(malformed_at=4))]
+    outcome = await delegate(rt, Task(agent="helper", prompt="x"))
+    assert outcome.status == "failed"
+    assert error_of(outcome)["code"] in ("backend", "connection")
+    assert "JSON Parse error" in error_of(outcome)["message"]
+    assert outcome.text == "Half an"
+
+
+async def test_a_silence_that_stays(rt: Runtime, model: ModelServer) -> None:
+    """The CLI asks once more, without streaming, and then waits for ever: the idle time-out ends the run."""
+    model.rules = [Rule(faulty(stall_at=4))]
+    with anyio.fail_after(10):
+        outcome = await delegate(rt, Task(agent="helper", prompt="x", idle_timeout_s=2))
+    assert verdict(outcome)[:3] == ("timed_out", "timeout", True)
+    assert error_of(outcome)["details"] == {"kind": "idle"}
+    assert outcome.text == "Half an"
+    await nothing_is_left_of(outcome)
+
+
+async def test_a_refused_key_ends_the_run_at_once(runtime: OpenRuntime, model: ModelServer) -> None:
+    """The CLI by itself would try for three minutes; the second refusal is enough for us."""
+    model.rules = [Rule(Reply(fault=Fault(status=401)))]
+    async with runtime(claude__max_retries=10) as rt:
+        with anyio.fail_after(10):
+            outcome = await delegate(rt, Task(agent="helper", prompt="x"))
+    assert verdict(outcome) == ("failed", "authentication", False, "account")
+    assert len(model.journal) in (2, 3)  # the third may be on its way already
+
+
+async def test_nobody_listens(runtime: OpenRuntime) -> None:
+    with socket.socket() as unused:
+        unused.bind(("127.0.0.1", 0))
+        port = unused.getsockname()[1]
+        async with runtime(claude__base_url=f"http://127.0.0.1:{port}") as rt:
+            with anyio.fail_after(10):
+                outcome = await delegate(rt, Task(agent="helper", prompt="x"))
+    assert verdict(outcome) == ("failed", "connection", True, "provider")
+    assert outcome.cost_usd == 0
+
+
+# --- A CLI that misbehaves: real processes, of our own making
+
+
+PRELUDE = f"""\
+#!{sys.executable} -IS
+import json, os, signal, subprocess, sys, time
+
+def say(**message):
+    print(json.dumps(message), flush=True)
+
+def begin():
+    say(type="system", subtype="init", model="claude-opus-5-5", session_id="s")
+
+def answer(text):
+    say(type="assistant", message={{"model": "claude-opus-5-5", "content": [{{"type": "text", "text": text}}]}})
+
+def result(text="done"):
+    spent = {{"claude-opus-5-5": {{"inputTokens": 1, "outputTokens": 1, "costUSD": 0.5}}}}
+    say(type="result", subtype="success", is_error=False, result=text, model_usage_since_last_result=spent)
+
+"""
+
+
+@pytest.fixture
+def act(runtime: OpenRuntime, tmp_path: Path) -> Callable[..., Any]:
+    """Runs a task with a CLI that behaves as the Python text says, and looks that nothing is left of it."""
+
+    async def run(
+        behaviour: str, *, prompt: str = "x", idle_timeout_s: float | None = None, **more: Any
+    ) -> Outcome:
+        script = tmp_path / "claude"
+        script.write_text(PRELUDE + behaviour)
+        script.chmod(0o755)
+        async with runtime(claude__path=str(script), **more) as rt:
+            with anyio.fail_after(10):
+                task = Task(agent="helper", prompt=prompt, idle_timeout_s=idle_timeout_s)
+                outcome = await delegate(rt, task)
+            await nothing_is_left_of(outcome)
+            assert not rt.live
+        return outcome
+
+    return run
+
+
+async def test_rubbish_before_the_result(act: Callable[..., Any]) -> None:
+    outcome = await act(
+        "print('Warning: something'); print('{\"broken'); print('[1, 2]'); print(); print('null')\n"
+        "sys.stdout.flush(); sys.stdout.buffer.write(b'\\xff\\xfe\\n'); sys.stdout.flush()\n"
+        "begin(); answer('hi'); say(type='news', of='tomorrow'); result('hi')"
+    )
+    assert (outcome.status, outcome.text, outcome.cost_usd) == ("succeeded", "hi", 0.5)
+
+
+async def test_it_refuses_to_start(act: Callable[..., Any]) -> None:
+    outcome = await act("sys.exit('error: unknown option --frobnicate')")
+    assert verdict(outcome) == ("failed", "cli_start", False, "host")
+    assert "unknown option --frobnicate" in error_of(outcome)["message"]
+    assert error_of(outcome)["details"]["exit_code"] == 1
+    assert outcome.cost_usd == 0
+
+
+async def test_it_exits_without_a_word(act: Callable[..., Any]) -> None:
+    outcome = await act("os._exit(3)")
+    assert verdict(outcome) == ("failed", "cli_start", False, "host")
+    assert error_of(outcome)["details"]["exit_code"] == 3
+
+
+async def test_it_dies_in_the_middle(act: Callable[..., Any]) -> None:
+    outcome = await act(
+        "begin(); answer('so far'); print('out of memory', file=sys.stderr, flush=True)\n"
+        "os.kill(os.getpid(), signal.SIGKILL)"
+    )
+    assert verdict(outcome) == ("failed", "cli_exit", True, "host")
+    assert error_of(outcome)["details"] == {"exit_code": -9, "stderr": "out of memory", "skipped_lines": 0}
+    assert outcome.text == "so far"
+    assert outcome.cost_usd is None
+
+
+async def test_half_a_line_and_the_end(act: Callable[..., Any]) -> None:
+    outcome = await act('begin(); sys.stdout.write(\'{"type": "result", "subtype": "succ\'); sys.stdout.flush()')
+    assert verdict(outcome) == ("failed", "cli_exit", True, "host")
+    assert error_of(outcome)["details"] == {"exit_code": 0, "stderr": "", "skipped_lines": 1}
+
+
+async def test_a_last_line_without_its_end(act: Callable[..., Any]) -> None:
+    last = '{"type": "result", "subtype": "success", "is_error": false, "result": "just so"}'
+    outcome = await act(f"begin(); sys.stdout.write({last!r}); sys.stdout.flush()")
+    assert (outcome.status, outcome.text) == ("succeeded", "just so")
+
+
+async def test_a_flood_on_stderr(act: Callable[..., Any]) -> None:
+    outcome = await act(
+        "begin()\nfor _ in range(50): sys.stderr.write('x' * 1_000_000 + '\\n')\nsys.stderr.flush(); result('dry')"
+    )
+    assert (outcome.status, outcome.text) == ("succeeded", "dry")
+
+
+async def test_a_long_line(act: Callable[..., Any]) -> None:
+    outcome = await act("begin(); answer('x' * 10_000_000); result('y' * 10_000_000)")
+    assert outcome.status == "succeeded"
+    assert outcome.text == "y" * 10_000_000
+
+
+async def test_a_line_above_the_limit(act: Callable[..., Any]) -> None:
+    outcome = await act(
+        "begin(); answer('short'); answer('x' * 70_000); time.sleep(300)", claude__max_line_bytes=65_536
+    )
+    assert verdict(outcome) == ("failed", "message_too_large", False, "request")
+    assert "claude.max_line_bytes allows 65536" in error_of(outcome)["message"]
+    assert outcome.text == "short"
+
+
+async def test_a_result_alone(act: Callable[..., Any]) -> None:
+    outcome = await act("result('from nowhere')")
+    assert (outcome.status, outcome.text, outcome.cost_usd) == ("succeeded", "from nowhere", 0.5)
+
+
+async def test_a_result_nobody_can_read(act: Callable[..., Any]) -> None:
+    outcome = await act("begin(); answer('so far'); say(type='result', subtype=7); time.sleep(300)")
+    assert verdict(outcome)[:2] == ("failed", "backend")
+    assert "result could not be read" in error_of(outcome)["message"]
+    assert outcome.text == "so far"
+
+
+async def test_it_will_not_end(act: Callable[..., Any]) -> None:
+    outcome = await act(
+        "for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP): signal.signal(number, signal.SIG_IGN)\n"
+        "begin(); answer('so far')\nwhile True: time.sleep(300)",
+        idle_timeout_s=0.5,
+    )
+    assert (outcome.status, outcome.text) == ("timed_out", "so far")
+
+
+async def test_it_will_not_end_after_its_result(act: Callable[..., Any]) -> None:
+    outcome = await act("begin(); result('done')\nwhile True: time.sleep(300)")
+    assert (outcome.status, outcome.text) == ("succeeded", "done")
+
+
+async def test_it_closes_its_input_early(act: Callable[..., Any]) -> None:
+    outcome = await act("os.close(0); begin(); result('unasked')", prompt="word " * 200_000)
+    assert (outcome.status, outcome.text) == ("succeeded", "unasked")
+
+
+async def test_it_never_reads_its_input(act: Callable[..., Any]) -> None:
+    outcome = await act("begin(); time.sleep(300)", prompt="word " * 1_000_000, idle_timeout_s=0.5)
+    assert outcome.status == "timed_out"
+    assert error_of(outcome)["details"] == {"kind": "idle"}
+
+
+async def test_it_asks_for_what_nobody_knows(act: Callable[..., Any]) -> None:
+    """Every request is answered, or the CLI would wait for ever."""
+    outcome = await act(
+        "sys.stdin.readline(); begin()\n"
+        "say(type='control_request', request_id='r1', request={'subtype': 'lend_me_your_ears'})\n"
+        "result(json.loads(sys.stdin.readline())['response']['error'])"
+    )
+    assert outcome.text == "the orchestrator does not handle lend_me_your_ears"
+
+
+GRANDCHILD = "subprocess.Popen(['setsid', 'sleep', '300'], stdin=subprocess.DEVNULL)\n"
+
+
+async def test_what_outlives_it_holds_its_output(act: Callable[..., Any]) -> None:
+    outcome = await act("begin(); " + GRANDCHILD + "result('done')")
+    assert (outcome.status, outcome.text) == ("succeeded", "done")
+
+
+async def test_what_outlives_it_holds_its_output_and_there_is_no_result(act: Callable[..., Any]) -> None:
+    outcome = await act("begin(); answer('so far'); " + GRANDCHILD)
+    assert verdict(outcome) == ("failed", "cli_exit", True, "host")
+    assert outcome.text == "so far"
