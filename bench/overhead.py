@@ -2,8 +2,8 @@
 
     python bench/overhead.py [N]
 
-Interleaves three ways to get one answer from the scripted model, N times each: the raw CLI (`claude -p`, stream-json
-in and out), `delegate` in an open runtime, and `orchestrator delegate` as a whole process. Prints medians and ratios.
+Interleaves three ways to get one answer from the scripted model, N times each: the raw CLI (`claude -p` with
+stream-json in and out), `delegate` in an open runtime, and `orchestrator delegate` as a whole process.
 """
 
 import importlib.util

@@ -44,9 +44,20 @@ def carriers(run_id: str) -> list[psutil.Process]:
 
 
 async def gone(processes: list[psutil.Process], within: float) -> bool:
-    """Whether all of them end in time. A zombie has ended: only its parent has not looked yet."""
-    _, alive = await anyio.to_thread.run_sync(psutil.wait_procs, processes, within)
-    return all(process.status() == psutil.STATUS_ZOMBIE for process in alive)
+    """Whether all of them end in time. The kernel has no event for the end of what is not our child."""
+    for _ in range(int(within / 0.05)):
+        if not any(map(runs, processes)):
+            return True
+        await anyio.sleep(0.05)
+    return False
+
+
+def runs(process: psutil.Process) -> bool:
+    """A zombie does not: only its parent has not looked yet."""
+    try:
+        return process.is_running() and process.status() != psutil.STATUS_ZOMBIE
+    except psutil.NoSuchProcess:
+        return False
 
 
 # --- Ways to be stopped
@@ -156,7 +167,7 @@ class Left:
         return ToolUse("Bash", {"command": f"./leave.sh {then}"})
 
     async def processes(self) -> list[psutil.Process]:
-        """The command and the two, once they are there."""
+        """The two, once they are there."""
         async with self._lock:
             if not self._found:
                 with anyio.fail_after(10):
@@ -170,7 +181,7 @@ LEAVE = """\
 setsid nohup sleep 300 >/dev/null 2>&1 &
 away=$!
 nohup sleep 300 >/dev/null 2>&1 &
-echo $$ $! $away > pids
+echo $! $away > pids
 $1
 """
 

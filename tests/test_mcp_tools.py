@@ -171,27 +171,25 @@ async def test_an_unknown_agent_is_answered_with_the_known_ones(client: Client) 
     assert "list_agents" in error["advice"]
 
 
-@pytest.mark.parametrize(
-    ("tool", "arguments", "code"),
-    [
-        ("run_wait", {"run_ids": ["0123456789abcdef"]}, "run_not_found"),
-        ("run_cancel", {"run_id": "0123456789abcdef"}, "run_not_found"),
-        ("fork_session", {"session_id": "none", "prompt": "x"}, "session_not_found"),
-        ("delegate", {"agent": "helper", "prompt": " "}, "prompt"),
-        ("delegate", {"agent": "helper", "prompt": "x", "fork": True}, "config"),
-        ("query_traces", {"since": "yesterday"}, "config"),
-        ("query_traces", {"cursor": "page 2"}, "config"),
-    ],
-)
-async def test_refusals_have_a_code_and_advice(
-    client: Client, tool: str, arguments: dict[str, Any], code: str
-) -> None:
-    result = await client.call_tool(tool, arguments)
+REFUSED: list[tuple[str, dict[str, Any], str]] = [
+    ("run_wait", {"run_ids": ["0123456789abcdef"]}, "run_not_found"),
+    ("run_cancel", {"run_id": "0123456789abcdef"}, "run_not_found"),
+    ("fork_session", {"session_id": "none", "prompt": "x"}, "session_not_found"),
+    ("delegate", {"agent": "helper", "prompt": " "}, "prompt"),
+    ("delegate", {"agent": "helper", "prompt": "x", "fork": True}, "config"),
+    ("delegate", {"agent": "helper", "prompt": "x", "cwd": "a\0b"}, "config"),
+    ("query_traces", {"since": "yesterday"}, "config"),
+    ("query_traces", {"cursor": "page 2"}, "config"),
+]
 
-    error = error_of(result)
-    assert error["code"] == code
-    assert error["advice"]
-    assert text_of(result).startswith(f"Error executing tool {tool}: ")
+
+async def test_refusals_have_a_code_and_advice(client: Client) -> None:
+    for tool, arguments, code in REFUSED:
+        result = await client.call_tool(tool, arguments)
+        error = error_of(result)
+        assert error["code"] == code
+        assert error["advice"]
+        assert text_of(result).startswith(f"Error executing tool {tool}: ")
 
 
 async def test_a_failed_run_says_whether_to_try_again(client: Client, model: ModelServer) -> None:

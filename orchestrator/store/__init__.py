@@ -324,19 +324,8 @@ def _update(run_id: str, fields: dict[str, Any]) -> Statement:
 
 def _is_alive(pid: int, created: float) -> bool:
     try:
-        # The start time tells this process from a later one with the same pid.
-        return abs(_started(pid) - created) < 1
+        process = psutil.Process(pid)
+        # The start time tells this process from a later one with the same pid; a zombie only waits to be buried.
+        return abs(process.create_time() - created) < 1 and process.status() != psutil.STATUS_ZOMBIE
     except psutil.Error:
         return False
-
-
-def _started(pid: int) -> float:
-    """When a running process began. Raises psutil.Error if there is none."""
-    process = psutil.Process(pid)
-    if process.status() == psutil.STATUS_ZOMBIE:
-        raise psutil.ZombieProcess(pid)  # nobody waited for it; it works on nothing any more
-    try:
-        # In ticks since boot: a time of day moves when the clock is set, and a live server would look dead.
-        return float(Path(f"/proc/{pid}/stat").read_text("utf-8", "replace").rpartition(")")[2].split()[19])
-    except OSError:
-        return process.create_time()
