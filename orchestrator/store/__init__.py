@@ -324,8 +324,15 @@ def _update(run_id: str, fields: dict[str, Any]) -> Statement:
 
 def _is_alive(pid: int, created: float) -> bool:
     try:
-        process = psutil.Process(pid)
-        # The start time tells this process from a later one with the same pid; a zombie only waits to be buried.
-        return abs(process.create_time() - created) < 1 and process.status() != psutil.STATUS_ZOMBIE
+        # The start time tells this process from a later one with the same pid.
+        return abs(_started(pid) - created) < 1
     except psutil.Error:
         return False
+
+
+def _started(pid: int) -> float:
+    """When a running process began. Raises psutil.Error if there is none."""
+    process = psutil.Process(pid)
+    if process.status() == psutil.STATUS_ZOMBIE:
+        raise psutil.ZombieProcess(pid)  # nobody waited for it; it works on nothing any more
+    return process.create_time()
