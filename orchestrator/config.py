@@ -137,6 +137,11 @@ class Config(_Section):
         return self.resolve(self.data_dir)
 
     @property
+    def claude_path(self) -> Path | None:
+        """The configured CLI, if one is."""
+        return self.resolve(self.claude.path) if self.claude.path else None
+
+    @property
     def store_path(self) -> Path:
         return self.resolve(self.store.path) if self.store.path else self.data_path / "runs.db"
 

@@ -414,7 +414,7 @@ async def _end(rt: Runtime, live: LiveRun, error: OrchestratorError | None) -> N
     row.text = progress.text
     if error is None and result is not None:
         row.text = result.result or progress.text
-        row.structured = result.structured_output
+        row.structured, row.has_structured = result.structured_output, result.has_structured_output
     row.model_used = progress.model
     usage = progress.usage
     row.input_tokens, row.output_tokens = usage.input_tokens, usage.output_tokens

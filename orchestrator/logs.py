@@ -15,10 +15,10 @@ _SECRET = re.compile(r"(sk-ant-[\w-]{4})[\w-]+|(Bearer\s+)[\w.~+/-]+=*", re.IGNO
 
 
 def configure_logging(config: LogConfig) -> None:
-    """Send the package's logs to stderr in the configured form."""
+    """Send the package's logs, and what OpenTelemetry says of its collector, to stderr in the configured form."""
     handler = logging.StreamHandler(sys.stderr)
     handler.setFormatter(JsonFormatter() if config.format == "json" else ConsoleFormatter())
-    for name in ("orchestrator", "mcp_tools"):
+    for name in ("orchestrator", "mcp_tools", "opentelemetry"):
         logger = logging.getLogger(name)
         logger.handlers[:] = [handler]
         logger.setLevel(config.level.upper())

@@ -206,7 +206,7 @@ async def _end(rt: Runtime, live: LiveRun, state: PlanState, error: Orchestrator
         error = BudgetExceededError(str((outcome.error or {}).get("message")))
     row.status = outcome.status if error is None else live_status(error)
     row.error = error.to_dict() if error else outcome.error
-    row.text, row.structured = outcome.text, outcome.structured
+    row.text, row.structured, row.has_structured = outcome.text, outcome.structured, outcome.has_structured
     row.cost_usd, row.cost_basis = await _cost(rt, row.id)
     await conclude(rt, live)
 

@@ -58,6 +58,7 @@ class ProcessConversation:
         self._decoder = decoder
         self._pending: deque[Message] = deque()
         self._stderr = bytearray()
+        self._stderr_ended = anyio.Event()
         self._writing = anyio.Lock()
         self._heard = False
 
@@ -110,6 +111,9 @@ class ProcessConversation:
     async def _exit_error(self) -> CLIExitError | CLIStartError:
         with anyio.move_on_after(2):
             await self._process.wait()
+        with anyio.move_on_after(0.5):
+            # The reason is in its last words; not waited for longer, what outlives it may hold the pipe open.
+            await self._stderr_ended.wait()
         code = self._process.returncode
         tail = self.stderr_tail
         said = f": {tail[-500:]}" if tail else ""
@@ -124,6 +128,7 @@ class ProcessConversation:
             async for chunk in self._process.stderr:
                 self._stderr += chunk
                 del self._stderr[:-STDERR_TAIL_BYTES]
+        self._stderr_ended.set()
 
     async def close_output_after_exit(self) -> None:
         """What outlives the CLI may hold its stdout open: read what is left, then close the pipe."""

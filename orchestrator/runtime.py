@@ -139,7 +139,7 @@ class Runtime:
 
     def connect(self, spec: Spec) -> AbstractAsyncContextManager[Conversation]:
         """Open a conversation. Raises CLINotFoundError when no CLI is installed."""
-        found = find_binary(self.config.claude.path, self.environ, self.home)
+        found = find_binary(self.config.claude_path, self.environ, self.home)
         assert found.path is not None
         return connect_process(
             spec,

@@ -119,7 +119,7 @@ class Stop:
     async def wall(self) -> Outcome:
         """It has taken too long."""
         async with self.runtime() as rt:
-            return await delegate(rt, self.task.model_copy(update={"timeout_s": 2.5}))
+            return await delegate(rt, self.task.model_copy(update={"timeout_s": 3}))
 
     async def idle(self) -> Outcome:
         """Nothing has been heard of it for too long."""
@@ -137,7 +137,7 @@ ENDS = {
     Stop.elsewhere: ("cancelled", "cancelled", "cancelled on request"),
     Stop.closing: ("cancelled", "cancelled", "the orchestrator is shutting down"),
     Stop.torn_down: ("cancelled", "cancelled", "the orchestrator was stopped"),
-    Stop.wall: ("timed_out", "timeout", "the run took longer than 2.5 s"),
+    Stop.wall: ("timed_out", "timeout", "the run took longer than 3 s"),
     Stop.idle: ("timed_out", "timeout", "nothing was heard of the run for 1.5 s"),
 }
 every_way = pytest.mark.parametrize("way", ENDS, ids=lambda way: way.__name__)

@@ -114,6 +114,7 @@ def test_a_plain_spec() -> None:
         "--verbose",
         "--include-partial-messages",
         "--strict-mcp-config",
+        "--system-prompt-snapshot=off",
         f"--session-id={ONE}",
     ]
 

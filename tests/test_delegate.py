@@ -23,7 +23,7 @@ from orchestrator.outcome import Outcome, Usage
 from orchestrator.runtime import Runtime
 from orchestrator.store import Run, open_store
 from orchestrator.task import Task
-from orchestrator.testing import ModelServer, Reply, Request, Rule, Text, ToolUse
+from orchestrator.testing import Fault, ModelServer, Reply, Request, Rule, Text, ToolUse
 from orchestrator.testing import Usage as Tokens
 from tests.conftest import DUMMY_KEY, write_agent
 
@@ -109,6 +109,18 @@ async def test_the_result_is_stored_before_anyone_is_told(rt: Runtime, model: Mo
     assert (run.status, run.text) == ("succeeded", "told")
     assert event.run_id == run_id
     assert event.data["status"] == "succeeded"
+
+
+async def test_the_text_is_on_record_while_it_streams(rt: Runtime, model: ModelServer) -> None:
+    """So that a crash in a long answer does not lose what was said."""
+    model.rules = [Rule(Reply("The first half. The other half.", fault=Fault(stall_at=4)))]
+    run_id = await submit(rt, Task(agent="helper", prompt="x"))
+    async with open_store(rt.config.store_path) as other:
+        for _ in range(100):
+            if (run := await other.run(run_id)).text:
+                break
+            await anyio.sleep(0.05)
+    assert (run.status, run.text) == ("running", "The first half. ")
 
 
 async def test_messages_are_kept_in_order(rt: Runtime, model: ModelServer, project: Path) -> None:

@@ -156,7 +156,7 @@ async def test_data_that_stays_malformed(rt: Runtime, model: ModelServer) -> Non
 
 
 async def test_a_silence_that_stays(rt: Runtime, model: ModelServer) -> None:
-    """The CLI asks once more, without streaming, and then waits for ever: the idle time-out ends the run."""
+    """The CLI would ask once more, without streaming, and wait for ever: the idle time-out ends the run."""
     model.rules = [Rule(faulty(stall_at=4))]
     with anyio.fail_after(10):
         outcome = await delegate(rt, Task(agent="helper", prompt="x", idle_timeout_s=2))
@@ -263,6 +263,22 @@ async def test_it_dies_in_the_middle(act: Callable[..., Any]) -> None:
     assert error_of(outcome)["details"] == {"exit_code": -9, "stderr": "out of memory", "skipped_lines": 0}
     assert outcome.text == "so far"
     assert outcome.cost_usd is None
+
+
+async def test_a_request_that_was_open_when_it_died_has_a_price(act: Callable[..., Any]) -> None:
+    outcome = await act(
+        "begin()\nusage = {'input_tokens': 1000, 'output_tokens': 1}\n"
+        "message = {'model': 'claude-opus-5-5', 'usage': usage}\n"
+        "say(type='stream_event', event={'type': 'message_start', 'message': message}); os._exit(1)"
+    )
+    assert verdict(outcome) == ("failed", "cli_exit", True, "host")
+    assert outcome.cost_usd == pytest.approx((1000 * 4 + 20) / 1e6)
+    assert outcome.usage.input_tokens == 1000
+
+
+async def test_last_words_after_many(act: Callable[..., Any]) -> None:
+    outcome = await act("begin(); sys.stderr.write('noise\\n' * 1_000_000 + 'disk full'); sys.exit(2)")
+    assert error_of(outcome)["message"].endswith("disk full")
 
 
 async def test_half_a_line_and_the_end(act: Callable[..., Any]) -> None:

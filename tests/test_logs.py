@@ -12,8 +12,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from orchestrator.config import LogConfig
-from orchestrator.logs import ConsoleFormatter, JsonFormatter, configure_logging, mask
+from orchestrator.logs import ConsoleFormatter, JsonFormatter, mask
 
 ROOT = Path(__file__).parent.parent
 KEY = "sk-ant-api03-AbCdEfGh_123-xyz"
@@ -144,9 +143,9 @@ for config in sys.argv[1:]:
 """
 
 
-def logged(*configs: str) -> list[str]:
+def logged(*configs: str, code: str = PROGRAM) -> list[str]:
     done = subprocess.run(
-        [sys.executable, "-c", PROGRAM, *configs],
+        [sys.executable, "-c", code, *configs],
         capture_output=True,
         text=True,
         check=True,
@@ -173,18 +172,21 @@ def test_configuring_twice_logs_once_and_in_the_last_form() -> None:
     ]
 
 
-def test_every_level_that_can_be_configured_can_be_set() -> None:
-    before = {
-        name: (logging.getLogger(name).handlers[:], logging.getLogger(name).level)
-        for name in ("orchestrator", "mcp_tools")
-    }
-    propagate = {name: logging.getLogger(name).propagate for name in before}
-    try:
-        for level in ("debug", "INFO", "Warning", "ERROR", "critical"):
-            configure_logging(LogConfig(level=level))
-            assert logging.getLogger("orchestrator").getEffectiveLevel() == getattr(logging, level.upper())
-    finally:
-        for name, (handlers, level_number) in before.items():
-            logging.getLogger(name).handlers[:] = handlers
-            logging.getLogger(name).setLevel(level_number)
-            logging.getLogger(name).propagate = propagate[name]
+def test_what_opentelemetry_says_has_our_form() -> None:
+    lines = [json.loads(line) for line in logged("WARNING/json", code=OPENTELEMETRY)[2:]]
+    assert [line["message"] for line in lines] == ["Failed to export to http://collector, sk-ant-api0***"]
+
+
+OPENTELEMETRY = (
+    PROGRAM
+    + """
+logging.getLogger("opentelemetry.exporter").info("retrying")
+logging.getLogger("opentelemetry.exporter").error("Failed to export to http://collector, sk-ant-api03-AbCdEfGh")
+"""
+)
+
+
+@pytest.mark.parametrize("level", ["debug", "INFO", "Warning", "ERROR", "critical"])
+def test_every_level_that_can_be_configured_can_be_set(level: str) -> None:
+    code = PROGRAM + 'print(logging.getLogger("orchestrator").level, file=sys.stderr)'
+    assert logged(f"{level}/console", code=code)[-1] == str(getattr(logging, level.upper()))

@@ -162,10 +162,10 @@ async def test_a_run_comes_back_as_it_was(path: Path) -> None:
         assert await store.run(run.id) == run
 
 
-@pytest.mark.parametrize("answer", ["a string", "[1]", "null", "", 0, False, [], {"a": "{}"}])
+@pytest.mark.parametrize("answer", ["a string", None, "[1]", "null", "", 0, False, [], {"a": "{}"}])
 async def test_a_structured_answer_of_any_kind_comes_back(path: Path, answer: Any) -> None:
     async with open_store(path) as store:
-        run = a_run(store, structured=answer)
+        run = a_run(store, structured=answer, has_structured=True)
         await store.create_run(run)
         read = await store.run(run.id)
         assert read.structured == answer

@@ -50,7 +50,7 @@ _ALWAYS = (
     "--include-partial-messages",
     # What a run may use is what its spec says, whatever lies in the directory it works in.
     "--strict-mcp-config",
-    # Else a session goes on with the system prompt it began with, whoever continues it and whatever his file says now.
+    # Else a session keeps the system prompt it began with, whoever continues it and whatever the file says now.
     "--system-prompt-snapshot=off",
 )
 

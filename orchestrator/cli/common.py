@@ -9,9 +9,8 @@ from typing import Any, ParamSpec, TypeVar
 
 import anyio
 import click
-import yaml
 
-from orchestrator.config import Config, load_config
+from orchestrator.config import Config, load_config, parse_value, settings
 from orchestrator.errors import ConfigError
 from orchestrator.logs import configure_logging
 
@@ -25,6 +24,7 @@ def config_of(ctx: click.Context, **overrides: Any) -> Config:
     """The settings of this command line; ``overrides`` (dots as ``__``) are what the command itself decides."""
     root = ctx.find_root().obj or {}
     values: dict[str, Any] = {}
+    known = settings()
     if root.get("data_dir") is not None:
         values["data_dir"] = root["data_dir"].absolute()
     if root.get("verbose"):
@@ -33,7 +33,7 @@ def config_of(ctx: click.Context, **overrides: Any) -> Config:
         name, equals, value = pair.partition("=")
         if not equals:
             raise ConfigError(f"--set needs SETTING=VALUE, got {pair!r}")
-        values[name.strip()] = yaml.safe_load(value)
+        values[name.strip()] = parse_value(name.strip(), value, known)
     values.update({name.replace("__", "."): value for name, value in overrides.items()})
     config = load_config(root.get("config_file"), overrides=values)
     configure_logging(config.log)

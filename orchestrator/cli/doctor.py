@@ -75,14 +75,14 @@ def examine(config: Config, environ: dict[str, str]) -> Iterator[Check]:
 def _cli(config: Config, environ: dict[str, str]) -> Iterator[Check]:
     home = config.resolve(config.claude.home) if config.claude.home else Path(environ.get("HOME", "/"))
     try:
-        found = find_binary(config.claude.path, environ, home)
+        found = find_binary(config.claude_path, environ, home)
         assert found.path is not None
         version = version_of(found.path)
     except OrchestratorError as error:
         yield Check("Claude Code CLI", "problem", error.message, error.advice)
         return
     yield Check("Claude Code CLI", "ok", f"{version} at {found.path} (found by {found.origin})")
-    for other in candidates(config.claude.path, environ, home):
+    for other in candidates(config.claude_path, environ, home):
         if other.usable and other.path != found.path:
             yield Check("another CLI", "ok", f"{other.path} ({other.origin}), not used")
     yield _login(config, environ, home, found.path)

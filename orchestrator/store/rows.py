@@ -27,6 +27,7 @@ class Run(BaseModel):
     prompt: str | None = None
     text: str = ""
     structured: Any = None
+    has_structured: bool = False
     error: dict[str, Any] | None = None
     agent: dict[str, Any] | None = None
     options: dict[str, Any] = {}
@@ -84,7 +85,7 @@ class Run(BaseModel):
             status=self.status,
             text=self.text,
             structured=self.structured,
-            has_structured=self.structured is not None,
+            has_structured=self.has_structured,
             session_id=self.session_id,
             usage=self.usage,
             cost_usd=self.cost_usd,

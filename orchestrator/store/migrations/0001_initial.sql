@@ -24,6 +24,7 @@ CREATE TABLE runs (
     prompt           TEXT,
     text             TEXT NOT NULL DEFAULT '',   -- the answer, or what had been said when the run ended
     structured       TEXT,                  -- JSON
+    has_structured   INTEGER NOT NULL DEFAULT 0, -- null may be an answer
     error            TEXT,                  -- JSON of the error's facts
     agent            TEXT,                  -- JSON of the agent file as it was when the run began
     options          TEXT NOT NULL DEFAULT '{}', -- JSON of the task's overrides; for a plan its inputs
