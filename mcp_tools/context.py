@@ -34,6 +34,14 @@ class Caller:
     span: SpanContext | None = None
     facts: dict[str, Any] | None = None
 
+    @property
+    def project(self) -> Path | None:
+        """The project directory the caller works in, as far as known."""
+        if self.run is not None:
+            return Path(self.run.project)
+        named = (self.facts or {}).get("project_dir")
+        return Path(named).resolve() if named else None
+
     def directory(self, cwd: str | None, *, continues: bool) -> Path | None:
         """Where a task is to work: as asked, seen from the caller's project. None leaves it to the runtime.
 

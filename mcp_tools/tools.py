@@ -216,13 +216,15 @@ class Tools:
             )
             return {"runs": [results.trace_row(row) for row in rows], "next": following}
 
-    async def list_agents(self) -> results.Agents:
+    async def list_agents(self, ctx: Context) -> results.Agents:
         """The agents one can delegate to: what each is for, its model and its tools."""
         with _told_to_the_model():
+            caller = await caller_of(self._rt, ctx)
+            catalog = await self._rt.agents_of(caller.project or self._rt.config.project_dir)
             preferences = await self._rt.store.preferences()
         default = self._rt.config.agents.default_model
         agents: list[results.AgentRow] = []
-        for agent in self._rt.catalog.agents():
+        for agent in catalog.agents():
             row: results.AgentRow = {"name": agent.id, "description": results.cut(agent.description, 300)}
             model, _ = resolve_model(None, preferences.get(agent.id), agent, default)
             if model:
@@ -230,7 +232,7 @@ class Tools:
             if agent.tools is not None:
                 row["tools"] = list(agent.tools)
             agents.append(row)
-        problems = [f"{p.path}:{p.line or 1}: {p.reason}" for p in self._rt.catalog.problems()]
+        problems = [f"{p.path}:{p.line or 1}: {p.reason}" for p in catalog.problems()]
         return {"agents": agents, "problems": problems}
 
     # -- what they share ----------------------------------------------------------------------------------
@@ -288,7 +290,12 @@ def _position(cursor: str | None) -> tuple[int | None, str]:
 def _origin(caller: Caller) -> dict[str, Any]:
     """Where a task comes from: the parent run, or what is known of the client."""
     parent = caller.run.id if caller.run else None
-    return {"parent_id": parent, "parent_span": caller.span, "caller": caller.facts}
+    return {
+        "parent_id": parent,
+        "parent_span": caller.span,
+        "caller": caller.facts,
+        "project_dir": None if parent else caller.project,
+    }
 
 
 @contextmanager

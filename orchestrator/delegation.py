@@ -72,10 +72,12 @@ async def submit(rt: Runtime, task: Task) -> str:
     """
     if rt.closing:
         raise RunCancelledError("the orchestrator is shutting down", retryable=True)
-    agent = rt.catalog.get(task.agent)
     check_prompt(task.prompt, rt.config.limits.max_prompt_bytes)
+    parent = await rt.store.run(task.parent_id) if task.parent_id else None
+    project = _project(rt, task, parent)
+    agent = (await rt.agents_of(project)).get(task.agent)
     permission_mode(rt, agent, task)
-    live = await _prepare(rt, agent, task)
+    live = await _prepare(rt, agent, task, parent, project)
     rt.live[live.row.id] = live
     try:
         await rt.store.create_run(live.row)
@@ -139,8 +141,7 @@ def check_prompt(prompt: str, max_bytes: int) -> None:
 # -- beginning ----------------------------------------------------------------------------------------------
 
 
-async def _prepare(rt: Runtime, agent: Agent, task: Task) -> LiveRun:
-    parent = await rt.store.run(task.parent_id) if task.parent_id else None
+async def _prepare(rt: Runtime, agent: Agent, task: Task, parent: Run | None, project: Path) -> LiveRun:
     live_parent = rt.live.get(parent.id) if parent else None
     depth = parent.depth + 1 if parent else 1
     check_depth(depth, rt.config.limits.max_depth)
@@ -172,7 +173,8 @@ async def _prepare(rt: Runtime, agent: Agent, task: Task) -> LiveRun:
             mode="json", exclude={"agent", "prompt", "parent_span", "caller", "parent_id"}, exclude_defaults=True
         ),
         model_requested=model,
-        cwd=str(_cwd(rt, task, parent, source)),
+        project=str(project),
+        cwd=str(_cwd(project, task, parent, source)),
         session_id=task.session if mode == "continue" else str(uuid.uuid4()),
         session_mode=mode,
         source_session_id=task.session if mode == "fork" else None,
@@ -182,6 +184,12 @@ async def _prepare(rt: Runtime, agent: Agent, task: Task) -> LiveRun:
         instance_id=rt.store.instance_id,
     )
     return LiveRun(row, budget, touched=time.monotonic(), parent=live_parent)
+
+
+def _project(rt: Runtime, task: Task, parent: Run | None) -> Path:
+    if task.project_dir is not None:
+        return rt.config.resolve(task.project_dir)
+    return Path(parent.project) if parent else rt.config.project_dir
 
 
 async def _source(rt: Runtime, session_id: str) -> SessionRow:
@@ -224,13 +232,11 @@ def _trace_id(task: Task, parent: Run | None) -> str:
     return task.parent_span.trace_id if task.parent_span else new_trace_id()
 
 
-def _cwd(rt: Runtime, task: Task, parent: Run | None, source: SessionRow | None) -> Path:
+def _cwd(project: Path, task: Task, parent: Run | None, source: SessionRow | None) -> Path:
+    base = Path(parent.cwd) if parent else project
     if task.cwd is not None:
-        base = Path(parent.cwd) if parent else rt.config.project_dir
         return (base / task.cwd).resolve()
-    if source is not None:
-        return Path(source.cwd)
-    return Path(parent.cwd) if parent else rt.config.project_dir
+    return Path(source.cwd) if source is not None else base
 
 
 async def _take_session(rt: Runtime, agent: Agent, row: Run) -> None:

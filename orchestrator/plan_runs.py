@@ -87,6 +87,7 @@ async def submit_plan(
         name=plan.name,
         options={"inputs": bound, "plan": str(plan.path), "digest": plan.digest},
         source=plan.source,
+        project=str(rt.config.project_dir),
         cwd=str(cwd),
         caller=caller,
         budget_usd=budget.limit,

@@ -167,6 +167,8 @@ async def connect_process(
                         await stop(process, spec.env, times or StopTimes(), gently=ended_well)
                     tg.cancel_scope.cancel()
     finally:
+        if conversation.skipped_lines:
+            log.warning("pid %d printed %d lines that are not messages", process.pid, conversation.skipped_lines)
         with anyio.CancelScope(shield=True):
             await process.aclose()
 

@@ -116,7 +116,9 @@ class Runtime:
     live: dict[str, LiveRun] = field(default_factory=dict)
     door: Door | None = None
     closing: bool = False
+    watch_agents: bool = True
     _open_door: OpenDoor | None = None
+    _catalogs: dict[Path, Catalog] = field(default_factory=dict)
     _door_lock: anyio.Lock = field(default_factory=anyio.Lock)
     _slots: dict[int, anyio.CapacityLimiter] = field(default_factory=dict)
 
@@ -132,6 +134,19 @@ class Runtime:
     def slot(self, depth: int) -> anyio.CapacityLimiter:
         """Bounds CLI processes. One limiter per depth: a parent waiting for its child must not take its place."""
         return self._slots.setdefault(depth, anyio.CapacityLimiter(self.config.limits.max_processes))
+
+    async def agents_of(self, project: Path) -> Catalog:
+        """The agents of a project: its folders, the user's, the workspaces'. Read on first need, then watched."""
+        if project == self.config.project_dir:
+            return self.catalog
+        if project not in self._catalogs:
+            catalog = Catalog(agent_roots(self.config, project))
+            await anyio.to_thread.run_sync(catalog.load)
+            if project not in self._catalogs:  # another task may have been quicker
+                self._catalogs[project] = catalog
+                if self.watch_agents:
+                    await self.task_group.start(_watch_agents, self, catalog)
+        return self._catalogs[project]
 
     @property
     def dialect(self) -> Dialect:
@@ -192,10 +207,13 @@ async def open_runtime(
         await _clean_up_after_the_dead(store)
         with unwrapped():
             async with anyio.create_task_group() as tg:
-                rt = Runtime(config, store, catalog, events, exporter, tg, environ, _open_door=open_door)
+                rt = Runtime(
+                    config, store, catalog, events, exporter, tg, environ,
+                    watch_agents=watch_agents, _open_door=open_door,
+                )  # fmt: skip
                 tg.start_soon(_watch_cancels, rt)
                 if watch_agents:
-                    await tg.start(_watch_agents, rt)
+                    await tg.start(_watch_agents, rt, catalog)
                 try:
                     yield rt
                 finally:
@@ -204,10 +222,11 @@ async def open_runtime(
                     tg.cancel_scope.cancel()
 
 
-def agent_roots(config: Config) -> list[Root]:
+def agent_roots(config: Config, project: Path | None = None) -> list[Root]:
     """Where agents come from, the first winning: the project's folders, the user's, then workspaces."""
+    project = project or config.project_dir
     return [
-        *(Root(config.resolve(path), "project") for path in config.agents.paths),
+        *(Root((project / path.expanduser()).resolve(), "project") for path in config.agents.paths),
         Root(config.resolve(config.agents.user_path), "user"),
         *(
             Root(config.resolve(path) / ".claude" / "agents", "workspace", config.resolve(path).name)
@@ -243,8 +262,8 @@ async def _watch_cancels(rt: Runtime) -> None:
                     run.stop(RunCancelledError("cancelled on request"))
 
 
-async def _watch_agents(rt: Runtime, *, task_status: TaskStatus[None]) -> None:
+async def _watch_agents(rt: Runtime, catalog: Catalog, *, task_status: TaskStatus[None]) -> None:
     def changed(change: CatalogChange) -> None:
         rt.emit("agents.changed", None, **change.model_dump(mode="json"))
 
-    await rt.catalog.watch(on_change=changed, task_status=task_status)
+    await catalog.watch(on_change=changed, task_status=task_status)

@@ -35,7 +35,9 @@ async def build_spec(rt: Runtime, live: LiveRun, agent: Agent, task: Task) -> Sp
         session_mode=mode,
         source_session_id=row.source_session_id,
         model=row.model_requested,
+        fallback_model=task.fallback_model,
         system_prompt=agent.system_prompt or None,
+        append_system_prompt=task.append_system_prompt,
         tools=tools,
         allowed_tools=(*rules, *task.allowed_tools, *([f"mcp__{MCP_NAME}"] if url else [])),
         disallowed_tools=(*agent.disallowed_tools, *(() if agent.may_use_subagents() else SUBAGENT_TOOLS)),
@@ -43,10 +45,12 @@ async def build_spec(rt: Runtime, live: LiveRun, agent: Agent, task: Task) -> Sp
         effort=task.effort or agent.effort,
         max_turns=task.max_turns or agent.max_turns or rt.config.limits.max_turns,
         budget_usd=live.budget.remaining,
+        add_dirs=task.add_dirs,
         output_schema=task.output_schema,
         mcp=(McpEndpoint(MCP_NAME, url, TOKEN_ENV),) if url else (),
         mcp_servers=agent.mcp_servers,
         setting_sources=rt.config.claude.setting_sources,
+        settings=task.settings,
     )
 
 

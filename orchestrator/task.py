@@ -13,7 +13,10 @@ class Task(BaseModel):
 
     ``session`` is a session id to go on with; with ``fork`` a copy of it is gone on with and it stays as it is.
     ``parent_id`` is the run that delegates; ``parent_span`` the exact caller inside or outside of it.
-    ``allowed_tools`` are permission rules granted on top of the agent's file (``Bash(git *)``).
+    ``project_dir`` says whose agents are meant; children inherit their parent's. ``allowed_tools`` are permission
+    rules granted on top of the agent's file (``Bash(git *)``), ``add_dirs`` directories its file tools may use
+    beside the working directory, ``settings`` a layer of Claude Code settings for this run. ``fallback_model`` is
+    used while ``model`` is overloaded.
     """
 
     model_config = ConfigDict(extra="forbid", frozen=True, arbitrary_types_allowed=True)
@@ -23,10 +26,15 @@ class Task(BaseModel):
     session: str | None = None
     fork: bool = False
     model: str | None = None
+    fallback_model: str | None = None
     cwd: Path | None = None
+    project_dir: Path | None = None
     effort: str | None = None
     permission_mode: str | None = None
     allowed_tools: tuple[str, ...] = ()
+    append_system_prompt: str | None = None
+    add_dirs: tuple[Path, ...] = ()
+    settings: dict[str, Any] | None = None
     output_schema: dict[str, Any] | None = None
     timeout_s: float | None = Field(None, gt=0)
     idle_timeout_s: float | None = Field(None, gt=0)

@@ -119,7 +119,7 @@ class Stop:
     async def wall(self) -> Outcome:
         """It has taken too long."""
         async with self.runtime() as rt:
-            return await delegate(rt, self.task.model_copy(update={"timeout_s": 3}))
+            return await delegate(rt, self.task.model_copy(update={"timeout_s": 4}))
 
     async def idle(self) -> Outcome:
         """Nothing has been heard of it for too long."""
@@ -137,7 +137,7 @@ ENDS = {
     Stop.elsewhere: ("cancelled", "cancelled", "cancelled on request"),
     Stop.closing: ("cancelled", "cancelled", "the orchestrator is shutting down"),
     Stop.torn_down: ("cancelled", "cancelled", "the orchestrator was stopped"),
-    Stop.wall: ("timed_out", "timeout", "the run took longer than 3 s"),
+    Stop.wall: ("timed_out", "timeout", "the run took longer than 4 s"),
     Stop.idle: ("timed_out", "timeout", "nothing was heard of the run for 1.5 s"),
 }
 every_way = pytest.mark.parametrize("way", ENDS, ids=lambda way: way.__name__)
@@ -260,12 +260,11 @@ def silent(model: ModelServer) -> None:
     model.rules = [Rule(never)]
 
 
-async def family(rt: Runtime, model: ModelServer, **limits: Any) -> list[LiveRun]:
+async def family(rt: Runtime, model: ModelServer) -> list[LiveRun]:
     """A run, its child and its grandchild, each waiting for the model."""
     ids: list[str] = []
     for name in ("parent", "child", "grandchild"):
-        more = {"parent_id": ids[-1]} if ids else limits
-        ids.append(await submit(rt, Task(agent="helper", prompt=name, **more)))
+        ids.append(await submit(rt, Task(agent="helper", prompt=name, parent_id=ids[-1] if ids else None)))
         await model.wait_for(lambda request, name=name: request.last_user_text == name)  # type: ignore[misc]
     return [rt.live[run_id] for run_id in ids]
 
@@ -285,11 +284,49 @@ async def test_cancelling_a_run_cancels_all_below_it_and_nothing_else(rt: Runtim
     assert (await rt.store.run(parent.row.id)).status == "running"
 
 
-@pytest.mark.usefixtures("silent")
-async def test_a_run_that_times_out_takes_its_children_along(rt: Runtime, model: ModelServer) -> None:
-    lives = await family(rt, model, timeout_s=4)
-    assert await ended(lives) == ["timed_out", "cancelled", "cancelled"]
-    assert "which delegated this one" in (lives[1].row.error or {})["message"]
+# A CLI of our own that is quick to start, for tests of time. What it does is its prompt.
+QUICK_CLI = f"""\
+#!{sys.executable} -IS
+import json, sys, time
+
+def say(**message):
+    print(json.dumps(message), flush=True)
+
+say(type="system", subtype="init")
+exec(json.loads(sys.stdin.readline())["message"]["content"])
+"""
+
+
+@pytest.fixture
+def quick_cli(tmp_path: Path) -> str:
+    script = tmp_path / "claude"
+    script.write_text(QUICK_CLI)
+    script.chmod(0o755)
+    return str(script)
+
+
+async def test_a_run_that_times_out_takes_its_children_along(runtime: OpenRuntime, quick_cli: str) -> None:
+    async with runtime(claude__path=quick_cli) as rt:
+        task = Task(agent="helper", prompt="time.sleep(300)", timeout_s=1.5)
+        lives: list[LiveRun] = []
+        for _ in range(3):
+            lives.append(rt.live[await submit(rt, task)])
+            task = Task(agent="helper", prompt="time.sleep(300)", parent_id=lives[-1].row.id)
+        assert await ended(lives) == ["timed_out", "cancelled", "cancelled"]
+        assert "which delegated this one" in (lives[1].row.error or {})["message"]
+
+
+async def test_a_busy_child_keeps_its_parent_from_being_idle(runtime: OpenRuntime, quick_cli: str) -> None:
+    """The parent says nothing for longer than its idle time-out, but its child does."""
+    busy = "for _ in range(25): say(type='tool_progress'); time.sleep(0.1)"
+    done = "say(type='result', subtype='success', is_error=False, result='done')"
+    async with runtime(claude__path=quick_cli) as rt:
+        parent = await submit(rt, Task(agent="helper", prompt="time.sleep(300)", idle_timeout_s=1.5))
+        child = await delegate(rt, Task(agent="helper", prompt=f"{busy}\n{done}", parent_id=parent))
+        assert (child.text, (await rt.store.run(parent)).status) == ("done", "running")
+        assert (child.duration_ms or 0) > 2000
+        with anyio.fail_after(5):
+            assert told(await wait(rt, parent)) == ENDS[Stop.idle]
 
 
 @pytest.mark.usefixtures("silent")
@@ -302,27 +339,6 @@ async def test_a_run_that_is_being_stopped_delegates_nothing_more(rt: Runtime, m
     with anyio.fail_after(5):
         await wait(rt, parent)
     assert [run.name for run in await rt.store.runs()] == ["helper"]
-
-
-async def test_a_busy_child_keeps_its_parent_from_being_idle(rt: Runtime, model: ModelServer) -> None:
-    """The parent says nothing for longer than its idle time-out, but its child streams."""
-    finished = anyio.Event()
-
-    async def until_the_child_is_done(request: Request) -> str:
-        await finished.wait()
-        return "parent done"
-
-    model.rules = [
-        Rule(until_the_child_is_done, when={"user_contains": "parent"}),
-        Rule(Reply("one two three four five six seven", chunks=7, event_delay_s=0.2)),
-    ]
-    parent = await submit(rt, Task(agent="helper", prompt="parent", idle_timeout_s=1.5))
-    await model.wait_for("parent")
-    child = await delegate(rt, Task(agent="helper", prompt="child", parent_id=parent))
-    assert (child.duration_ms or 0) > 1500
-    finished.set()
-    with anyio.fail_after(5):
-        assert (await wait(rt, parent)).text == "parent done"
 
 
 # --- Nothing to stop

@@ -57,7 +57,7 @@ class Home:
     def stdio(self) -> dict[str, Any]:
         return {"command": sys.executable, "args": ["-m", "orchestrator", "mcp"]}
 
-    async def claude(self, server: dict[str, Any], prompt: str) -> "Session":
+    async def claude(self, server: dict[str, Any], prompt: str, *, cwd: Path | None = None) -> "Session":
         """What a user's own `claude -p` does with our server registered."""
         process = await anyio.run_process(
             [
@@ -65,13 +65,21 @@ class Home:
                 "--mcp-config", json.dumps({"mcpServers": {"orchestrator": server}}),
                 "--allowedTools", "mcp__orchestrator", "--system-prompt", "You are the user's Claude Code.",
             ],
-            input=prompt.encode(), cwd=self.project, env=self.environ, check=False,
+            input=prompt.encode(), cwd=cwd or self.project, env=self.environ, check=False,
         )  # fmt: skip
         return Session(process)
 
     async def runs(self) -> list[Run]:
         async with open_store(self.data / "runs.db") as store:
             return await store.runs()
+
+    async def said_something(self) -> Run:
+        """The newest run once its record holds text; what is said gets there within a third of a second."""
+        with anyio.fail_after(10):
+            async with open_store(self.data / "runs.db") as store:
+                while not (runs := await store.runs(limit=1)) or not runs[0].text:  # noqa: ASYNC110
+                    await anyio.sleep(0.02)
+                return runs[0]
 
     def state(self) -> ServerState:
         state = read_state(self.data)
@@ -164,6 +172,24 @@ async def test_delegate_through_the_shim(home: Home, model: ModelServer) -> None
     assert json.loads(session.tool_results[1])["runs"][0]["caller"]["session_id"] == run.caller["session_id"]
 
 
+async def test_one_server_knows_the_agents_of_each_project(home: Home, model: ModelServer, tmp_path: Path) -> None:
+    """A server started from one project serves windows of others, each with its own agents."""
+    script(model)
+    home.environ["ORCHESTRATOR_DATA_DIR"] = str(home.data)
+    other = tmp_path / "other"
+    (other / "agents").mkdir(parents=True)
+    write_agent(other, "helper", tools="Read", body="You are the helper of the other project.")
+    with anyio.fail_after(60):
+        await home.claude(home.stdio(), "go")
+        pid = home.state().pid
+        session = await home.claude(home.stdio(), "go", cwd=other)
+    assert home.state().pid == pid
+    assert session.tools_used == [DELEGATE, QUERY]
+    assert model.requests(system="the helper of the other project")
+    newest, _ = await home.runs()
+    assert (newest.project, newest.cwd) == (str(other), str(other))
+
+
 @asynccontextmanager
 async def serving(home: Home) -> AsyncIterator[Process]:
     """`orchestrator serve` as a user starts it."""
@@ -229,7 +255,7 @@ async def test_kill_9_of_the_server_loses_no_word_and_leaves_no_process(home: Ho
             tg.start_soon(home.claude, home.stdio(), "go")
             await until(lambda: (home.project / "started").exists())
             pid = home.state().pid
-            [run] = await home.runs()
+            run = await home.said_something()
             psutil.Process(pid).send_signal(signal.SIGKILL)
         await until(lambda: not carrying(run.id))
         session = await home.claude(home.stdio(), "again")

@@ -137,7 +137,8 @@ async def test_faults_that_pass(rt: Runtime, model: ModelServer) -> None:
         "malformed": faulty(malformed_at=4),
         "busy": faulty(status=529),
         "wait two seconds": faulty(status=429, headers={"retry-after": 2}),
-        **{name: reply for name, (reply, _) in BROKEN_ANSWERS.items() if reply.fault},
+        "cut short": faulty(truncate_at=4),
+        "an error event": faulty(error_at=4),
     }
     model.rules = [says(name, reply, "Whole.") for name, reply in faults.items()]
     with anyio.fail_after(30):

@@ -86,6 +86,7 @@ def a_run(rt: Runtime, **fields: Any) -> Run:
         "status": "succeeded",
         "prompt": "do it",
         "text": "done",
+        "project": "/",
         "cwd": "/",
         "created_us": now_us(),
         "instance_id": rt.store.instance_id,
@@ -507,7 +508,9 @@ async def test_no_arguments_break_a_tool(client: Client, tool: str, arguments: d
 async def test_what_the_shim_says_of_the_caller(rt: Runtime, client: Client, model: ModelServer) -> None:
     model.rules = [Rule("ok")]
     span = SpanContext(new_trace_id(), new_run_id())
-    project = rt.config.project_dir / "agents"
+    project = rt.config.project_dir.parent / "another"
+    (project / "agents").mkdir(parents=True)
+    write_agent(project, "helper", tools="Read")
     meta: Any = {
         "traceparent": span.traceparent,
         CALLER_KEY: {"session_id": "window-7", "project_dir": str(project), "unknown": {}},

@@ -45,6 +45,7 @@ def a_run(**fields: Any) -> Run:
         "status": "succeeded",
         "prompt": "the secret question",
         "text": "the secret answer",
+        "project": "/srv/project",
         "cwd": "/srv/project",
         "created_us": 1_700_000_000_000_000,
         "started_us": 1_700_000_000_500_000,

@@ -34,6 +34,7 @@ class Run(BaseModel):
     source: str | None = None
     model_requested: str | None = None
     model_used: str | None = None
+    project: str
     cwd: str
     session_id: str | None = None
     session_mode: str | None = None

@@ -31,6 +31,7 @@ CREATE TABLE runs (
     source           TEXT,                  -- the plan's text
     model_requested  TEXT,
     model_used       TEXT,
+    project          TEXT NOT NULL,         -- the project directory whose agents and paths are meant
     cwd              TEXT NOT NULL,
     session_id       TEXT,
     session_mode     TEXT,
