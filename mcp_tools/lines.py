@@ -8,15 +8,17 @@ transport would say.
 import json
 import logging
 import secrets
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Awaitable, Callable
 from contextlib import asynccontextmanager, suppress
 from typing import Any
 
 import anyio
-from anyio.abc import ByteStream, SocketAttribute
+from anyio.abc import ByteStream, Listener, SocketAttribute, SocketStream, TaskGroup
 from anyio.streams.memory import MemoryObjectReceiveStream, MemoryObjectSendStream
 from mcp.server.lowlevel import Server
 from mcp.server.runner import serve_dual_era_loop
+from mcp.shared.dispatcher import as_request_id, coerce_request_id
+from mcp.shared.jsonrpc_dispatcher import cancelled_request_id_from_params
 from mcp.shared.message import SessionMessage
 from mcp_types import (
     INVALID_REQUEST,
@@ -44,6 +46,8 @@ MAX_LINE_BYTES = 64 * 1024 * 1024
 READ_BYTES = 1 << 16
 #: How long open requests may take to be answered when the door closes, in seconds.
 GRACE_SECONDS = 1
+#: How long to wait before taking in connections again when that failed, in seconds.
+PAUSE_SECONDS = 0.5
 
 _GONE = (anyio.BrokenResourceError, anyio.ClosedResourceError, anyio.EndOfStream)
 
@@ -59,11 +63,24 @@ async def open_line_door(server: Server[Any], token: str) -> AsyncIterator[int]:
     async with listener, server.lifespan(server) as state:
         door = _Door(server, state, token, unanswered)
         async with anyio.create_task_group() as tg:
-            tg.start_soon(listener.serve, door.connection)
+            tg.start_soon(_take_in, listener, door.connection, tg)
             yield listener.extra(SocketAttribute.local_port)  # noqa: S610  # anyio's extra, not Django's
             with anyio.move_on_after(GRACE_SECONDS):
                 await unanswered.none()
             tg.cancel_scope.cancel()
+
+
+async def _take_in(
+    listener: Listener[SocketStream], connection: Callable[[ByteStream], Awaitable[None]], tg: TaskGroup
+) -> None:
+    """Serve whoever connects, until cancelled."""
+    while True:
+        try:
+            with unwrapped():
+                await listener.serve(connection, tg)
+        except OSError as error:  # no descriptors are left, say: that passes, and the connections there are go on
+            log.warning("nobody can connect for now: %s", error)
+            await anyio.sleep(PAUSE_SECONDS)
 
 
 class Unanswered:
@@ -75,14 +92,14 @@ class Unanswered:
 
     def came(self, lines: "Lines", message: JSONRPCMessage) -> None:
         if isinstance(message, JSONRPCRequest) and message.method != "subscriptions/listen":
-            self._requests.add((lines, message.id))
+            self._requests.add((lines, coerce_request_id(message.id)))
         elif isinstance(message, JSONRPCNotification) and message.method == "notifications/cancelled":
             # What was cancelled is not answered any more.
-            self._end({(lines, (message.params or {}).get("requestId"))})
+            self._went(lines, cancelled_request_id_from_params(message.params))
 
     def went(self, lines: "Lines", message: JSONRPCMessage) -> None:
-        if isinstance(message, JSONRPCResponse | JSONRPCError) and message.id is not None:
-            self._end({(lines, message.id)})
+        if isinstance(message, JSONRPCResponse | JSONRPCError):
+            self._went(lines, message.id)
 
     def left(self, lines: "Lines") -> None:
         self._end({request for request in self._requests if request[0] is lines})
@@ -92,7 +109,11 @@ class Unanswered:
         while self._requests:
             await self._fewer.wait()
 
-    def _end(self, requests: set[tuple["Lines", Any]]) -> None:
+    def _went(self, lines: "Lines", request_id: RequestId | None) -> None:
+        if request_id is not None:
+            self._end({(lines, coerce_request_id(request_id))})
+
+    def _end(self, requests: set[tuple["Lines", RequestId]]) -> None:
         self._requests -= requests
         self._fewer.set()
         self._fewer = anyio.Event()
@@ -110,24 +131,31 @@ class _Door:
     async def connection(self, stream: ByteStream) -> None:
         """One shim, from its hello to its end. Its requests end with it; the runs they started do not."""
         lines = Lines(stream)
-        async with stream:
-            try:
+        try:
+            async with stream:
                 with anyio.fail_after(HELLO_SECONDS):
                     await self._greet(lines)
                 await self._converse(lines)
-            except (TimeoutError, PermissionError, MessageTooLargeError, *_GONE) as reason:
-                log.info("a connection was ended: %s", reason or type(reason).__name__)
-            finally:
-                self._unanswered.left(lines)
+        except (TimeoutError, PermissionError, MessageTooLargeError, *_GONE) as reason:
+            log.info("a connection was ended: %s", reason or type(reason).__name__)
+        except Exception:
+            # Above us are the other connections and every run: whatever went wrong here, they go on.
+            log.exception("a connection was ended by a defect")
+        finally:
+            self._unanswered.left(lines)
 
     async def _greet(self, lines: "Lines") -> None:
         """Raises PermissionError for whoever does not know the token."""
         hello = _parsed(await lines.receive(MAX_HELLO_BYTES))
         presented = hello.get("token") if isinstance(hello, dict) else None
-        if not isinstance(presented, str) or not secrets.compare_digest(presented.encode(), self._token.encode()):
+        if not isinstance(presented, str) or not self._knows(presented):
             await lines.send(_compact({"ok": False, "error": "the token is wrong"}))
             raise PermissionError("wrong token")
         await lines.send(_compact({"ok": True, "version": __version__}))
+
+    def _knows(self, token: str) -> bool:
+        # JSON can name half of a surrogate pair, which strict UTF-8 cannot carry.
+        return secrets.compare_digest(token.encode("utf-8", "surrogatepass"), self._token.encode())
 
     async def _converse(self, lines: "Lines") -> None:
         to_server, incoming = anyio.create_memory_object_stream[SessionMessage | Exception]()
@@ -188,8 +216,7 @@ def _not_a_message(line: bytes) -> dict[str, Any]:
     sent = _parsed(line)
     code, words = (PARSE_ERROR, "not JSON") if sent is None else (INVALID_REQUEST, "not a JSON-RPC message")
     message_id = sent.get("id") if isinstance(sent, dict) else None
-    known = message_id if isinstance(message_id, str | int) else None
-    return {"jsonrpc": "2.0", "id": known, "error": {"code": code, "message": words}}
+    return {"jsonrpc": "2.0", "id": as_request_id(message_id), "error": {"code": code, "message": words}}
 
 
 def _parsed(line: bytes) -> Any:

@@ -25,7 +25,8 @@ MAX_BYTES = 1024 * 1024
 MAX_NAME = 256
 """Longest name, in characters; the CLI has the same cap."""
 
-_DELEGATE = "mcp__orchestrator__delegate"
+_SERVER = "mcp__orchestrator"
+_DELEGATE = f"{_SERVER}__delegate"
 _SUBAGENT_TOOLS = frozenset({"Agent", "Task", "Workflow"})
 
 
@@ -74,9 +75,12 @@ class Agent(BaseModel):
         """Whether the agent may hand work to other agents through the orchestrator's own MCP server."""
         if any(_covers(tool, _DELEGATE) for tool in self.disallowed_tools):
             return False
-        return self.tools is None or any(
-            tool.startswith("mcp__orchestrator__") or _covers(tool, _DELEGATE) for tool in self.tools
-        )
+        # "Every tool" does not include these: they spend, and most files were written without knowing of them.
+        return any(tool.startswith(f"{_SERVER}__") or _covers(tool, _DELEGATE) for tool in self.tools or ())
+
+    def names(self, tool: str) -> bool:
+        """Whether the file's tools list has this tool: by itself, by its server, or by a pattern."""
+        return any(_covers(pattern, tool) for pattern in self.tools or ())
 
     def may_use_subagents(self) -> bool:
         """Whether the file names the CLI's own delegation tools; "every tool" does not include them here.

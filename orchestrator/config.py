@@ -7,6 +7,7 @@ they stand. An empty one counts as not given. Nothing else of the environment is
 """
 
 import difflib
+import hashlib
 import json
 import os
 from collections.abc import Iterator, Mapping
@@ -47,6 +48,9 @@ class ClaudeConfig(_Section):
     max_line_bytes: int = Field(64 * 1024 * 1024, ge=65536, description="Longest line of output accepted.")
     allow_bypass_permissions: bool = Field(
         False, description="Whether agents may run with permissionMode bypassPermissions. For sandboxes only."
+    )
+    trusted_dirs: tuple[Path, ...] = Field(
+        (), description="Directories beside the project whose Claude Code settings and CLAUDE.md agents load."
     )
     setting_sources: tuple[str, ...] = Field(
         ("user", "project", "local"), description="Claude Code settings files that agents load."
@@ -179,13 +183,27 @@ def load_config(
         Layer("environment", _from_environ(environ)),
         Layer("command line", dict(overrides or {})),
     ]
-    return merge(layers, project_dir=base)
+    return merge(layers, project_dir=base, file=file)
 
 
-def merge(layers: list[Layer], *, project_dir: Path) -> Config:
+def default_data_dir(file: Path | None) -> Path:
+    """Where state is kept if no setting says: a directory for each configuration file, one for all without any.
+
+    A server has one data directory and the settings it started with. Were the directory shared, a project would
+    get a server with the limits of whichever project came first. ``orchestrator.shim`` computes the same.
+    """
+    shared = user_data_path("orchestrator")
+    if file is None:
+        return shared
+    digest = hashlib.sha256(os.fsencode(file)).hexdigest()
+    return shared / "projects" / f"{file.parent.name or 'root'}-{digest[:8]}"
+
+
+def merge(layers: list[Layer], *, project_dir: Path, file: Path | None = None) -> Config:
     """Later layers win, setting by setting; ``claude.env.NAME`` adds to the ``claude.env`` below it.
 
-    Raises ConfigError.
+    ``project_dir`` is where relative paths start, ``file`` the configuration file in force, whose values are in
+    one of the layers. Raises ConfigError.
     """
     values: dict[str, Any] = {}
     origin: dict[str, str] = {}
@@ -199,6 +217,9 @@ def merge(layers: list[Layer], *, project_dir: Path) -> Config:
     problems = [_unknown(name, origin[name], known) for name in values if not _is_known(name, known)]
     if problems:
         raise ConfigError("; ".join(problems))
+    if values.get("data_dir") is None:
+        values["data_dir"] = default_data_dir(file)
+        origin.pop("data_dir", None)
     if isinstance(given := values.setdefault("project_dir", project_dir), str | Path):
         values["project_dir"] = project_dir / Path(given).expanduser()
     try:

@@ -19,6 +19,7 @@ from orchestrator.conversation import Conversation, SessionMode
 from orchestrator.errors import (
     BackendError,
     ConfigError,
+    LimitError,
     OrchestratorError,
     PromptError,
     RunCancelledError,
@@ -32,7 +33,7 @@ from orchestrator.limits import Budget, check_depth
 from orchestrator.messages import KeepAlive, Message, StreamEvent
 from orchestrator.outcome import Outcome, RunStatus
 from orchestrator.runtime import LiveRun, Runtime
-from orchestrator.specs import build_spec, permission_mode
+from orchestrator.specs import build_spec, hide_values, permission_mode
 from orchestrator.store import Run, SessionRow, now_us
 from orchestrator.task import Task
 from orchestrator.tracing import new_run_id, new_trace_id
@@ -43,6 +44,7 @@ log = logging.getLogger(__name__)
 WIND_DOWN_SECONDS = 0.7
 # How often the text of a running turn is put on its row: what a crash leaves behind is at most this old.
 TEXT_SECONDS = 0.25
+TEXT_CHARS_PER_SECOND = 1_000_000
 FOREIGN_POLL_SECONDS = 0.3
 
 
@@ -53,13 +55,19 @@ async def delegate(rt: Runtime, task: Task) -> Outcome:
     spent: AgentNotFoundError, AgentError, ConfigError, PromptError, DepthLimitError, BudgetExceededError,
     SessionNotFoundError, SessionBusyError, StoreError.
     """
-    run_id = await submit(rt, task)
+    return await attend(rt, await submit(rt, task))
+
+
+async def attend(rt: Runtime, run_id: str) -> Outcome:
+    """Wait for a run as one who owns it: cancelling the caller cancels the run. Raises RunNotFoundError."""
     live = rt.live.get(run_id)
     try:
         return await wait(rt, run_id)
     except anyio.get_cancelled_exc_class():
         with anyio.CancelScope(shield=True):
-            if live is not None:
+            if live is None:
+                await rt.store.request_cancel(run_id)
+            else:
                 live.stop(RunCancelledError("the caller was cancelled"))
                 await live.ended.wait()
         raise
@@ -84,6 +92,8 @@ async def submit(rt: Runtime, task: Task) -> str:
         await _take_session(rt, agent, live.row)
         if live.parent is not None and live.parent.stop_error is not None:
             raise RunCancelledError(f"run {live.parent.row.id}, which delegates this one, is being stopped")
+        if rt.closing:
+            raise RunCancelledError("the orchestrator is shutting down", retryable=True)
     except BaseException:
         with anyio.CancelScope(shield=True):
             await _withdraw(rt, live)
@@ -103,6 +113,7 @@ async def wait(rt: Runtime, run_id: str) -> Outcome:
         run = await rt.store.run(run_id)
         if run.ended:
             return run.outcome()
+        # The runtime itself looks from time to time whether the process that works on it is still there.
         await anyio.sleep(FOREIGN_POLL_SECONDS)
 
 
@@ -145,14 +156,12 @@ async def _prepare(rt: Runtime, agent: Agent, task: Task, parent: Run | None, pr
     live_parent = rt.live.get(parent.id) if parent else None
     depth = parent.depth + 1 if parent else 1
     check_depth(depth, rt.config.limits.max_depth)
-    budget = Budget(_limit(rt, task, parent), parent=live_parent.budget if live_parent else None)
+    budget = await _budget(rt, task, parent, live_parent)
     budget.check()
     source = await _source(rt, task.session) if task.session else None
     mode = session_mode(task)
-    if mode == "fork" and source is not None and source.locked_by:
-        raise SessionBusyError(
-            f"session {source.id} is in use by run {source.locked_by}; it can be forked when that run has ended"
-        )
+    if mode == "fork" and source is not None:
+        check_free(source)
     model, _ = resolve_model(
         task.model, (await rt.store.preferences()).get(agent.id), agent, rt.config.agents.default_model
     )
@@ -168,7 +177,7 @@ async def _prepare(rt: Runtime, agent: Agent, task: Task, parent: Run | None, pr
         name=agent.id,
         step=task.step,
         prompt=task.prompt,
-        agent=agent.model_dump(mode="json"),
+        agent=agent.model_dump(mode="json") | {"mcp_servers": hide_values(agent.mcp_servers)[0]},
         options=task.model_dump(
             mode="json", exclude={"agent", "prompt", "parent_span", "caller", "parent_id"}, exclude_defaults=True
         ),
@@ -210,6 +219,14 @@ async def _source(rt: Runtime, session_id: str) -> SessionRow:
     return session
 
 
+def check_free(session: SessionRow) -> None:
+    """Raises SessionBusyError: a fork of a session in use would begin in the middle of a turn."""
+    if session.locked_by:
+        raise SessionBusyError(
+            f"session {session.id} is in use by run {session.locked_by}; it can be forked when that run has ended"
+        )
+
+
 def session_mode(task: Task) -> SessionMode:
     """Raises ConfigError for a fork of nothing."""
     if task.session is None:
@@ -219,11 +236,17 @@ def session_mode(task: Task) -> SessionMode:
     return "fork" if task.fork else "continue"
 
 
-def _limit(rt: Runtime, task: Task, parent: Run | None) -> float | None:
-    # The configured default is for runs nobody delegated; children share what their parent has left.
-    if task.budget_usd is not None or parent is not None:
-        return task.budget_usd
-    return rt.config.limits.budget_usd
+async def _budget(rt: Runtime, task: Task, parent: Run | None, live_parent: LiveRun | None) -> Budget:
+    """What the run may spend. Raises LimitError if its parent has ended: nobody is left to take the answer."""
+    if parent is None:
+        return Budget(rt.config.limits.budget_usd if task.budget_usd is None else task.budget_usd)
+    if live_parent is not None:
+        return Budget(task.budget_usd, parent=live_parent.budget)
+    if parent.ended:
+        raise LimitError(f"run {parent.id} has ended ({parent.status}) and delegates no more")
+    # The parent works in another process. Its budget cannot be shared, but what is left of it now is known.
+    above = Budget(await rt.store.rest_of_budget(parent.id))
+    return Budget(rt.config.limits.budget_usd if task.budget_usd is None else task.budget_usd, parent=above)
 
 
 def _trace_id(task: Task, parent: Run | None) -> str:
@@ -263,11 +286,15 @@ async def _take_session(rt: Runtime, agent: Agent, row: Run) -> None:
 async def _withdraw(rt: Runtime, live: LiveRun) -> None:
     """A run that was refused after its row was written never began: it leaves no row, and holds no session."""
     row = live.row
-    rt.live.pop(row.id, None)
-    await rt.store.finish_run(row)
-    await rt.store.delete_run(row.id)
-    if row.session_mode != "continue" and row.session_id is not None:
-        await rt.store.forget_session(row.session_id)
+    try:
+        await rt.store.finish_run(row)
+        await rt.store.delete_run(row.id)
+        if row.session_mode != "continue" and row.session_id is not None:
+            await rt.store.forget_session(row.session_id)
+    finally:
+        rt.live.pop(row.id, None)
+        live.outcome = row.outcome()
+        live.ended.set()
 
 
 # -- working ------------------------------------------------------------------------------------------------
@@ -284,7 +311,7 @@ async def _execute(rt: Runtime, live: LiveRun, agent: Agent, task: Task) -> None
         # An answer that was in before the stop took effect stands.
         error = live.verdict if live.answered else live.stop_error
     except OrchestratorError as problem:
-        error = live.stop_error or problem
+        error = None if live.answered else live.stop_error or problem
     except Exception as problem:
         log.exception("run %s: a defect of the orchestrator", live.row.id)
         error = OrchestratorError(f"internal error: {type(problem).__name__}: {problem}")
@@ -297,6 +324,8 @@ async def _begin(rt: Runtime, live: LiveRun) -> None:
     live.row.status = "running"
     live.row.started_us = now_us()
     live.touch(time.monotonic())
+    if live.row.source_session_id is not None:
+        check_free(await rt.store.session(live.row.source_session_id))  # it may have waited long for its place
     await rt.store.update_run(live.row.id, status="running", started_us=live.row.started_us)
     rt.emit("run.started", live.row.id, **summary(live.row))
 
@@ -319,6 +348,8 @@ async def _converse(rt: Runtime, live: LiveRun, agent: Agent, task: Task) -> Non
         except BaseException:
             with anyio.CancelScope(shield=True), anyio.move_on_after(WIND_DOWN_SECONDS):
                 await _wind_down(rt, live, conversation)
+            if live.progress.result is not None and verdict(rt, live, task.output_schema is not None) is None:
+                live.answered = True  # the answer was on its way when the run was stopped
             raise
         live.verdict = verdict(rt, live, task.output_schema is not None)
         live.answered = True
@@ -343,9 +374,10 @@ async def _listen(rt: Runtime, live: LiveRun, conversation: Conversation) -> Non
 
 
 async def _note_text(rt: Runtime, live: LiveRun) -> None:
-    noted = ""
+    noted, row_chars = "", len(live.row.prompt or "")
     while True:
-        await anyio.sleep(TEXT_SECONDS)
+        # SQLite writes the whole row anew, prompt included: large ones less often.
+        await anyio.sleep(max(TEXT_SECONDS, (row_chars + len(noted)) / TEXT_CHARS_PER_SECOND))
         if (text := live.progress.text) != noted:
             noted = text
             await rt.store.note_progress(live.row.id, text=text)
@@ -354,9 +386,9 @@ async def _note_text(rt: Runtime, live: LiveRun) -> None:
 async def take(rt: Runtime, live: LiveRun, message: Message) -> None:
     """Record one message and update what is known of the run: its figures, its budget, its watchers."""
     live.touch(time.monotonic())
-    before, activity, known = live.progress.cost_usd or 0.0, live.progress.activity, live.progress.initialised
+    before, activity, known = live.progress.charge_usd, live.progress.activity, live.progress.initialised
     live.progress.feed(message)
-    live.budget.charge((live.progress.cost_usd or 0.0) - before)
+    live.budget.charge(live.progress.charge_usd - before)
     if not isinstance(message, StreamEvent | KeepAlive):
         # Deltas are not kept one by one: the assistant message that follows says the same in one row.
         raw = message.raw()
@@ -409,13 +441,20 @@ _STATUS: Mapping[type[OrchestratorError], RunStatus] = {
 }
 
 
+def ended_as(error: OrchestratorError | None) -> RunStatus:
+    """The status of a run that ended with the error; without one, of an answer."""
+    return "succeeded" if error is None else _STATUS.get(type(error), "failed")
+
+
 async def _end(rt: Runtime, live: LiveRun, error: OrchestratorError | None) -> None:
     """Write the end, then tell."""
+    if error is not None:
+        await stop_children(rt, live)
     row, progress, result = live.row, live.progress, live.progress.result
-    before = progress.cost_usd or 0.0
+    before = progress.charge_usd
     progress.cut_short()
-    live.budget.charge((progress.cost_usd or 0.0) - before)
-    row.status = "succeeded" if error is None else _STATUS.get(type(error), "failed")
+    live.budget.charge(progress.charge_usd - before)
+    row.status = ended_as(error)
     row.error = error.to_dict() if error else None
     row.text = progress.text
     if error is None and result is not None:
@@ -428,6 +467,18 @@ async def _end(rt: Runtime, live: LiveRun, error: OrchestratorError | None) -> N
     row.cost_usd, row.cost_basis = cost_of(live)
     row.num_turns = progress.num_turns
     await conclude(rt, live)
+
+
+async def stop_children(rt: Runtime, live: LiveRun) -> None:
+    """End what a run that did not succeed has delegated, and wait for it.
+
+    Nobody is left to take the answers, and nobody said it may go on spending.
+    """
+    children = [run for run in rt.live.values() if run.parent is live]
+    for child in children:
+        child.stop(RunCancelledError(f"run {live.row.id}, which delegated this one, has ended"))
+    for child in children:
+        await child.ended.wait()
 
 
 async def conclude(rt: Runtime, live: LiveRun) -> None:
@@ -447,10 +498,6 @@ async def conclude(rt: Runtime, live: LiveRun) -> None:
         live.outcome = row.outcome()
         rt.live.pop(row.id, None)
         live.ended.set()
-    if row.status in ("cancelled", "timed_out"):
-        # Nobody is left to take what it delegated, and nobody said it may go on spending.
-        for child in [run for run in rt.live.values() if run.parent is live]:
-            child.stop(RunCancelledError(f"run {row.id}, which delegated this one, ended as {row.status}"))
     rt.exporter.export(row)
     rt.emit("run.ended", row.id, **summary(row))
     log.info("run %s %s: %s in %s ms", row.id, row.status, row.name, row.duration_ms, extra={"run_id": row.id})

@@ -1,6 +1,6 @@
 """Budgets and depth: pure, decided before anything is spent and again with every answer that carries usage."""
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 
 from orchestrator.errors import BudgetExceededError, DepthLimitError
 
@@ -10,24 +10,18 @@ class Budget:
     """What a run and everything below it may spend, in USD. ``limit`` None is no limit of its own; 0 is nothing.
 
     Spending is charged to the run and to every run above it, so a child can never have more than what is left
-    to its parent. Unknown costs cannot be charged: ``unknown`` counts them.
+    to its parent.
     """
 
     limit: float | None = None
     parent: "Budget | None" = None
     spent: float = 0.0
-    unknown: int = field(default=0)
 
     def charge(self, usd: float) -> None:
         """Add (or, with a negative amount, correct) what was spent."""
         self.spent += usd
         if self.parent is not None:
             self.parent.charge(usd)
-
-    def charge_unknown(self) -> None:
-        self.unknown += 1
-        if self.parent is not None:
-            self.parent.charge_unknown()
 
     @property
     def remaining(self) -> float | None:

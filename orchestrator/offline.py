@@ -45,4 +45,6 @@ def offline_settings(config: Config, base_url: str) -> dict[str, Any]:
         "claude.pass_env": (),
         "claude.env": {"ANTHROPIC_API_KEY": OFFLINE_KEY},
         "claude.max_retries": 1,
+        # Settings of the directory could name another server.
+        "claude.setting_sources": (),
     }

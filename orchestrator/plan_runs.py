@@ -8,13 +8,13 @@ import logging
 import shutil
 import subprocess
 import time
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import anyio
 
-from orchestrator.delegation import conclude, delegate, summary, wait
+from orchestrator.delegation import attend, conclude, delegate, ended_as, stop_children, summary
 from orchestrator.errors import (
     BudgetExceededError,
     OrchestratorError,
@@ -23,7 +23,7 @@ from orchestrator.errors import (
     RunInterruptedError,
 )
 from orchestrator.limits import Budget
-from orchestrator.outcome import Outcome
+from orchestrator.outcome import Outcome, Usage
 from orchestrator.plans import Plan, PlanState, StepChange, StepJob, drive
 from orchestrator.plans.template import template
 from orchestrator.runtime import LiveRun, Runtime
@@ -45,15 +45,7 @@ async def run_plan(
 ) -> Outcome:
     """Run the plan to its end. Cancelling the caller cancels it and its steps. Raises what ``submit_plan`` does."""
     run_id = await submit_plan(rt, plan, inputs, base=base, parent_span=parent_span, caller=caller)
-    live = rt.live.get(run_id)
-    try:
-        return await wait(rt, run_id)
-    except anyio.get_cancelled_exc_class():
-        with anyio.CancelScope(shield=True):
-            if live is not None:
-                live.stop(RunCancelledError("the caller was cancelled"))
-                await live.ended.wait()
-        raise
+    return await attend(rt, run_id)
 
 
 async def submit_plan(
@@ -166,7 +158,7 @@ def _step_runner(rt: Runtime, live: LiveRun) -> Any:
     async def run_step(job_id: str, job: StepJob) -> Outcome:
         known = await rt.store.runs(parent_id=live.row.id, step=job_id, limit=1)
         if known:
-            return await wait(rt, known[0].id)
+            return await attend(rt, known[0].id)
         return await delegate(rt, step_task(job, live.row))
 
     return run_step
@@ -202,24 +194,28 @@ def _tell(rt: Runtime, run_id: str, change: StepChange) -> None:
 
 async def _end(rt: Runtime, live: LiveRun, state: PlanState, error: OrchestratorError | None) -> None:
     row, outcome = live.row, state.outcome()
+    await stop_children(rt, live)  # none is left but where the plan itself was torn down
     if error is None and outcome.status == "failed" and live.budget.remaining == 0.0:
         # Steps fail one by one when the money is gone; the plan has one reason.
         error = BudgetExceededError(str((outcome.error or {}).get("message")))
-    row.status = outcome.status if error is None else live_status(error)
+    row.status = outcome.status if error is None else ended_as(error)
     row.error = error.to_dict() if error else outcome.error
     row.text, row.structured, row.has_structured = outcome.text, outcome.structured, outcome.has_structured
-    row.cost_usd, row.cost_basis = await _cost(rt, row.id)
+    row.options = {**row.options, "steps": dict(state.statuses)}
+    try:
+        sum_up(row, [run for run in await rt.store.tree(row.id) if run.kind == "agent"])
+    except OrchestratorError:
+        log.exception("plan %s: its figures could not be read", row.id)
     await conclude(rt, live)
 
 
-def live_status(error: OrchestratorError) -> Any:
-    return "cancelled" if isinstance(error, RunCancelledError) else "failed"
-
-
-async def _cost(rt: Runtime, run_id: str) -> tuple[float | None, Any]:
-    """The sum over all runs below; unknown if one of them is."""
-    costs = [(run.cost_usd, run.cost_basis) for run in await rt.store.tree(run_id) if run.kind == "agent"]
-    known = [cost for cost, _ in costs if cost is not None]
-    if len(known) != len(costs):
-        return None, None
-    return sum(known), "estimate" if any(basis == "estimate" for _, basis in costs) else "cli"
+def sum_up(row: Run, below: Sequence[Run]) -> None:
+    """Put the sums over all runs below on the plan's row; the cost is unknown if that of one run is."""
+    usage = sum((run.usage for run in below), Usage())
+    row.input_tokens, row.output_tokens = usage.input_tokens, usage.output_tokens
+    row.cache_read_tokens, row.cache_write_tokens = usage.cache_read_tokens, usage.cache_write_tokens
+    row.num_turns = sum(run.num_turns for run in below)
+    known = [run.cost_usd for run in below if run.cost_usd is not None]
+    if len(known) == len(below):
+        row.cost_usd = sum(known)
+        row.cost_basis = "estimate" if any(run.cost_basis == "estimate" for run in below) else "cli"

@@ -17,6 +17,7 @@ from collections import deque
 from collections.abc import AsyncIterator, Mapping
 from contextlib import asynccontextmanager, suppress
 from dataclasses import dataclass
+from functools import cache
 from pathlib import Path
 
 import anyio
@@ -174,7 +175,7 @@ async def connect_process(
 
 
 async def _start(spec: Spec, binary: Path, dialect: Dialect) -> Process:
-    if not spec.cwd.is_dir():
+    if not _is_directory(spec.cwd):
         raise CLIStartError(
             f"the working directory {spec.cwd} does not exist", advice="Name a directory that exists."
         )
@@ -200,10 +201,25 @@ async def _start(spec: Spec, binary: Path, dialect: Dialect) -> Process:
         raise CLIStartError(f"cannot start {binary}: {error}") from error
 
 
-def death_signal_prefix() -> list[str]:
-    """On Linux, have the kernel send TERM to the CLI if this process dies, even by SIGKILL."""
+def _is_directory(path: Path) -> bool:
+    try:
+        return path.is_dir()
+    except OSError:  # a name longer than the system allows, a folder nobody may search
+        return False
+
+
+@cache
+def death_signal_prefix() -> tuple[str, ...]:
+    """On Linux, have the kernel send TERM to the CLI if this process dies, even by SIGKILL.
+
+    Empty where ``setpriv`` is missing or too old to know how (util-linux before 2.33, BusyBox).
+    """
     setpriv = shutil.which("setpriv") if sys.platform == "linux" else None
-    return [setpriv, "--pdeathsig", "TERM", "--"] if setpriv else []
+    if setpriv is None:
+        return ()
+    prefix = (setpriv, "--pdeathsig", "TERM", "--")
+    tried = subprocess.run([*prefix, "true"], capture_output=True, stdin=subprocess.DEVNULL, check=False)
+    return prefix if tried.returncode == 0 else ()
 
 
 async def stop(process: Process, env: Mapping[str, str], times: StopTimes, *, gently: bool) -> None:

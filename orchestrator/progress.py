@@ -38,6 +38,7 @@ class Progress:
     last_retry: ApiRetry | None = None
     assistant_error: str | None = None
     unpriced: bool = False
+    guessed_usd: float = 0.0
     unreadable: str | None = None
     _said: dict[str, str] = field(default_factory=dict)
     _streaming: list[str] = field(default_factory=list)
@@ -47,6 +48,14 @@ class Progress:
     def text(self) -> str:
         """Everything the agent has said so far, the part still streaming included."""
         return "\n\n".join([*self._said.values(), *filter(None, ["".join(self._streaming)])])
+
+    @property
+    def charge_usd(self) -> float:
+        """What budgets are charged: the cost, or for a model without a known price what the CLI guesses it to be.
+
+        The guess is never shown as a cost; but a budget that ignored such models would bound nothing.
+        """
+        return max(self.cost_usd or 0.0, self.guessed_usd)
 
     def feed(self, message: Message) -> None:
         """Take in one message."""
@@ -131,6 +140,8 @@ class Progress:
         spent = result.model_usage_since_last_result
         if spent:
             self.usage = sum((_tokens(usage) for usage in spent.values()), Usage())
+            if result.turn_cost_usd is None:
+                self.guessed_usd = float(sum(usage.cost_usd or 0 for usage in spent.values()))
         if result.turn_cost_usd is not None and (spent or self.cost_usd is None):
             self.cost_usd, self.estimated = result.turn_cost_usd, False
 

@@ -35,6 +35,8 @@ from orchestrator.telemetry import Exporter, open_exporter
 log = logging.getLogger(__name__)
 
 CANCEL_POLL_SECONDS = 0.5
+#: How often a long-lived runtime looks whether the owner of another run has died.
+DEAD_OWNER_SECONDS = 15.0
 
 
 @dataclass(slots=True)
@@ -145,7 +147,7 @@ class Runtime:
             if project not in self._catalogs:  # another task may have been quicker
                 self._catalogs[project] = catalog
                 if self.watch_agents:
-                    await self.task_group.start(_watch_agents, self, catalog)
+                    self.task_group.start_soon(_watch_agents, self, catalog)
         return self._catalogs[project]
 
     @property
@@ -204,7 +206,7 @@ async def open_runtime(
     catalog.load()
     events = Events()
     async with open_store(config.store_path, kind=kind) as store, open_exporter(config, environ) as exporter:
-        await _clean_up_after_the_dead(store)
+        await clean_up_after_the_dead(store)
         with unwrapped():
             async with anyio.create_task_group() as tg:
                 rt = Runtime(
@@ -245,7 +247,8 @@ async def close_runs(rt: Runtime) -> None:
         await run.ended.wait()
 
 
-async def _clean_up_after_the_dead(store: Store) -> None:
+async def clean_up_after_the_dead(store: Store) -> None:
+    """Mark the runs of processes that are gone as ``interrupted``, and end what they left running."""
     abandoned = await store.interrupt_abandoned()
     if abandoned:
         killed = await anyio.to_thread.run_sync(sweep, {run.id for run in abandoned})
@@ -253,16 +256,25 @@ async def _clean_up_after_the_dead(store: Store) -> None:
 
 
 async def _watch_cancels(rt: Runtime) -> None:
-    """Act on cancels that other processes asked for through the store."""
+    """Act on cancels that other processes asked for through the store, and on processes that died meanwhile."""
+    looked = anyio.current_time()
     while True:
         await anyio.sleep(CANCEL_POLL_SECONDS)
-        if rt.live:
-            for run_id in await rt.store.cancels_requested():
+        try:
+            for run_id in await rt.store.cancels_requested() if rt.live else ():
                 if run := rt.live.get(run_id):
                     run.stop(RunCancelledError("cancelled on request"))
+            if anyio.current_time() - looked > DEAD_OWNER_SECONDS:
+                looked = anyio.current_time()
+                await clean_up_after_the_dead(rt.store)
+        except OrchestratorError:
+            # A store that is busy or full for a moment must not end the runs that work.
+            log.warning("could not look for cancels", exc_info=True)
 
 
-async def _watch_agents(rt: Runtime, catalog: Catalog, *, task_status: TaskStatus[None]) -> None:
+async def _watch_agents(
+    rt: Runtime, catalog: Catalog, *, task_status: TaskStatus[None] = anyio.TASK_STATUS_IGNORED
+) -> None:
     def changed(change: CatalogChange) -> None:
         rt.emit("agents.changed", None, **change.model_dump(mode="json"))
 

@@ -21,7 +21,9 @@ from typing import IO, Any, NamedTuple
 
 from orchestrator import __version__
 
-USAGE = "usage: orchestrator mcp [--data-dir DIR]; MCP on stdin and stdout, for MCP clients to start"
+USAGE = (
+    "usage: orchestrator mcp [--config FILE] [--data-dir DIR]; MCP on stdin and stdout, for MCP clients to start"
+)
 
 START_SECONDS = 20.0
 HELLO_SECONDS = 5.0
@@ -53,13 +55,12 @@ def data_directory(argument: str | None, environ: Mapping[str, str], start: Path
     """The data directory that ``orchestrator.config`` finds for a project at ``start``, found without YAML."""
     if argument is not None:
         return Path(argument).expanduser().resolve()
+    start = start.resolve()
     file = _config_file(environ, start)
     base = file.parent if file else start
-    named = environ.get("ORCHESTRATOR_DATA_DIR")
-    named = named or _assigned(base / ".env", r"(?:export[ \t]+)?ORCHESTRATOR_DATA_DIR[ \t]*=[ \t]*")
-    if named is None and file is not None:
-        named = _assigned(file, r"data_dir[ \t]*:[ \t]+")
-    return (base / Path(named or _user_data(environ)).expanduser()).resolve()
+    project = Path(_setting("project_dir", environ, base, file) or base).expanduser()
+    named = _setting("data_dir", environ, base, file) or _default_data_dir(environ, file)
+    return (base / project / Path(named).expanduser()).resolve()
 
 
 def _config_file(environ: Mapping[str, str], start: Path) -> Path | None:
@@ -71,25 +72,43 @@ def _config_file(environ: Mapping[str, str], start: Path) -> Path | None:
     return None
 
 
-def _assigned(file: Path, name: str) -> str | None:
-    """What follows ``name`` (a regular expression) in a line that is not indented, without quotes and comment."""
+def _setting(name: str, environ: Mapping[str, str], base: Path, file: Path | None) -> str | None:
+    """A path among the settings: of the environment, else of ``.env``, else of the file."""
+    variable = f"ORCHESTRATOR_{name.upper()}"
+    text = environ.get(variable, "")
+    if not text.strip():
+        text = _assigned(base / ".env", rf"(?:export[ \t]+)?{variable}[ \t]*=[ \t]*")
+    if not text.strip() and file is not None:
+        text = _assigned(file, rf"{name}[ \t]*:[ \t]+(?!~[ \t]*(?:#|$))")  # a bare ~ is YAML's null
+    return None if text.strip() in ("", "null") else text
+
+
+def _assigned(file: Path, name: str) -> str:
+    """What follows ``name`` (a regular expression) in the last such line, without quotes and comment; else ``""``.
+
+    The line must not be indented.
+    """
     import re  # noqa: PLC0415  # only where there is a file to look into
 
     try:
         text = file.read_text("utf-8")
     except (OSError, UnicodeDecodeError):
-        return None
+        return ""
     value = r"(?:\"([^\"\n]*)\"|'([^'\n]*)'|([^#'\"\s][^\n]*?))"
-    found = re.search(rf"^{name}{value}(?:[ \t]+#.*)?[ \t]*$", text, re.MULTILINE)
-    return next(filter(None, found.groups()), None) if found else None
+    found = re.findall(rf"^{name}{value}(?:[ \t]+#.*)?[ \t]*$", text, re.MULTILINE)
+    return "".join(found[-1]) if found else ""
 
 
-def _user_data(environ: Mapping[str, str]) -> str:
-    xdg = environ.get("XDG_DATA_HOME", "")
-    if xdg.startswith("/"):
-        return f"{xdg}/orchestrator"
-    mac = sys.platform == "darwin"
-    return "~/Library/Application Support/orchestrator" if mac else "~/.local/share/orchestrator"
+def _default_data_dir(environ: Mapping[str, str], file: Path | None) -> str:
+    shared = "~/Library/Application Support" if sys.platform == "darwin" else "~/.local/share"
+    if (xdg := environ.get("XDG_DATA_HOME", "")).startswith("/"):
+        shared = xdg
+    if file is None:
+        return f"{shared}/orchestrator"
+    from hashlib import sha256  # noqa: PLC0415  # 3 ms, and only where there is a file
+
+    digest = sha256(os.fsencode(file)).hexdigest()
+    return f"{shared}/orchestrator/projects/{file.parent.name or 'root'}-{digest[:8]}"
 
 
 # -- reaching it --------------------------------------------------------------------------------------------
@@ -363,25 +382,29 @@ def _line(value: Any) -> bytes:
 
 def main(argv: list[str]) -> int:
     """``orchestrator mcp``: pump until stdin ends. Returns the exit status."""
-    match argv:
-        case []:
-            named = None
-        case ["--data-dir", named] if named:
-            pass
-        case [option] if option.startswith("--data-dir=") and option != "--data-dir=":
-            named = option.partition("=")[2]
-        case _:
-            _say(USAGE)
-            return 0 if argv in (["--help"], ["-h"]) else 2
+    options = _options(argv)
+    if options is None:
+        _say(USAGE)
+        return 0 if argv in (["--help"], ["-h"]) else 2
     for stop in (signal.SIGINT, signal.SIGTERM):
         signal.signal(stop, _leave)
     os.set_blocking(1, True)  # a client may hand over a pipe that would refuse a long line
     environ = dict(os.environ)
+    if file := options.get("--config") or environ.get("ORCHESTRATOR_CONFIG"):
+        environ["ORCHESTRATOR_CONFIG"] = str(Path(file).resolve())  # the server starts in another directory
     project = Path(environ.get("CLAUDE_PROJECT_DIR") or Path.cwd()).resolve()
-    shim = Shim(data_directory(named, environ, project), project, environ)
+    shim = Shim(data_directory(options.get("--data-dir"), environ, project), project, environ)
     for line in sys.stdin.buffer:
         shim.forward(line if line.endswith(b"\n") else line + b"\n")
     return 0
+
+
+def _options(argv: list[str]) -> dict[str, str] | None:
+    """``--name value`` and ``--name=value``, the last winning. None if anything else is there."""
+    words = [part for word in argv for part in (word.split("=", 1) if word.startswith("--") else [word])]
+    options = dict(zip(words[::2], words[1::2], strict=False))
+    known = set(words[::2]) <= {"--config", "--data-dir"} and all(options.values())
+    return options if known and len(words) % 2 == 0 else None
 
 
 def _say(text: str) -> None:

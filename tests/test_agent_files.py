@@ -252,12 +252,13 @@ def test_the_same_restriction_said_twice_is_no_contradiction() -> None:
 @pytest.mark.parametrize(
     ("lines", "delegates", "subagents"),
     [
-        ([], True, False),
-        (["tools: '*'"], True, False),
+        ([], False, False),
+        (["tools: '*'"], False, False),
         (["tools: []"], False, False),
         (["tools: Read"], False, False),
         (["tools: mcp__orchestrator"], True, False),
         (["tools: mcp__orchestrator__delegate"], True, False),
+        (["tools: mcp__orchestrator__query_traces"], True, False),
         (["tools: mcp__*"], True, False),
         (["tools: mcp__orchestra"], False, False),
         (["tools: mcp__orchestrator2__delegate"], False, False),

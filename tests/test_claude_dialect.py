@@ -361,7 +361,15 @@ def inherited(*pass_env: str, home: Path | None = None) -> set[str]:
 def test_only_the_listed_variables_are_inherited() -> None:
     result = environment(PARENT, home=None, pass_env=(), extra={})
     kept = {name: PARENT[name] for name in ("HOME", "PATH", "LC_ALL", "https_proxy", "XDG_CONFIG_HOME")}
-    assert result == {**kept, **OURS}
+    around = {"NO_PROXY": "127.0.0.1,localhost,::1", "no_proxy": "127.0.0.1,localhost,::1"}
+    assert result == {**kept, **around, **OURS}
+
+
+def test_a_proxy_leaves_out_loopback_and_what_was_left_out_before() -> None:
+    parent = {"HOME": "/h", "http_proxy": "http://proxy", "no_proxy": "intern.example"}
+    result = environment(parent, home=None, pass_env=(), extra={})
+    assert result["NO_PROXY"] == result["no_proxy"] == "intern.example,127.0.0.1,localhost,::1"
+    assert "NO_PROXY" not in environment({"HOME": "/h"}, home=None, pass_env=(), extra={})
 
 
 def test_pass_env_takes_names_and_patterns() -> None:
@@ -378,7 +386,7 @@ def test_pass_env_takes_names_and_patterns() -> None:
 
 def test_a_pattern_for_everything_does_not_pass_what_changes_the_cli() -> None:
     guarded = {name for name in PARENT if name.startswith(("CLAUDE", "ANTHROPIC", "OTEL", "MCP"))}
-    assert inherited("*") == PARENT.keys() - guarded
+    assert inherited("*") == (PARENT.keys() | {"NO_PROXY", "no_proxy"}) - guarded
 
 
 def test_another_home_leaves_the_places_of_the_first_behind() -> None:

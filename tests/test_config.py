@@ -1,5 +1,6 @@
 """Settings: which source wins, what a wrong one says, and that all of them are documented."""
 
+import hashlib
 import json
 import re
 import subprocess
@@ -12,7 +13,7 @@ from hypothesis import given
 from hypothesis import settings as hypothesis_settings
 from hypothesis import strategies as st
 
-from orchestrator.config import Config, Layer, flatten, load_config, merge, settings
+from orchestrator.config import Config, Layer, default_data_dir, flatten, load_config, merge, settings
 from orchestrator.errors import ConfigError
 
 ROOT = Path(__file__).parent.parent
@@ -324,6 +325,77 @@ def test_a_relative_project_directory_starts_at_the_file(tmp_path: Path) -> None
     config = load(tmp_path, yaml="project_dir: sub\ndata_dir: state")
     assert config.project_dir == tmp_path / "sub"
     assert config.data_path == tmp_path / "sub" / "state"
+
+
+# -- the data directory that nobody named -------------------------------------------------------------------
+
+
+@pytest.fixture
+def shared(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """The data directory of all projects without settings of their own."""
+    monkeypatch.setenv("XDG_DATA_HOME", str(tmp_path / "xdg"))
+    return tmp_path / "xdg" / "orchestrator"
+
+
+def test_projects_without_settings_share_the_default_data_directory(tmp_path: Path, shared: Path) -> None:
+    assert load(tmp_path).data_path == shared
+    assert load(tmp_path, environ={"ORCHESTRATOR_LIMITS__MAX_DEPTH": "2"}).data_path == shared
+
+
+def test_each_settings_file_has_a_default_data_directory_of_its_own(tmp_path: Path, shared: Path) -> None:
+    app = tmp_path / "app"
+    (app / "src").mkdir(parents=True)
+    (tmp_path / "link").symlink_to(app)
+    file = app / "orchestrator.yaml"
+    config = load(app, yaml="limits: {max_depth: 2}", dotenv="ORCHESTRATOR_LIMITS__MAX_TURNS=3")
+    digest = hashlib.sha256(bytes(file)).hexdigest()
+    assert config.data_path == shared / "projects" / f"app-{digest[:8]}"
+    assert config.store_path == config.data_path / "runs.db"
+    for again in (
+        load(app / "src"),
+        load(tmp_path / "link"),
+        load(tmp_path, environ={"ORCHESTRATOR_CONFIG": str(file)}),
+        load_config(file, environ={}),
+        load_config(tmp_path / "link" / "orchestrator.yaml", environ={}),
+        load(app, environ={"ORCHESTRATOR_PROJECT_DIR": str(tmp_path)}),
+    ):
+        assert again.data_path == config.data_path
+
+
+def test_a_settings_file_at_the_root_has_a_name_too(shared: Path) -> None:
+    path = default_data_dir(Path("/orchestrator.yaml"))
+    assert path.parent == shared / "projects"
+    assert re.fullmatch("root-[0-9a-f]{8}", path.name)
+
+
+def test_a_data_directory_that_is_set_is_the_one(tmp_path: Path) -> None:
+    config = load(tmp_path, yaml="data_dir: state")
+    assert (config.data_path, config.origin["data_dir"]) == (
+        tmp_path / "state",
+        str(tmp_path / "orchestrator.yaml"),
+    )
+    assert load(tmp_path, environ={"ORCHESTRATOR_DATA_DIR": "nearest"}).data_path == tmp_path / "nearest"
+
+
+def test_null_takes_the_data_directory_back(tmp_path: Path, shared: Path) -> None:
+    config = load(tmp_path, yaml="data_dir: ~")
+    assert config.data_path.parent == shared / "projects"
+    assert "data_dir" not in config.origin, "it is the default"
+
+
+def test_the_default_data_directory_is_shown_as_a_default(tmp_path: Path) -> None:
+    (tmp_path / "orchestrator.yaml").write_text("limits: {max_depth: 2}")
+    done = subprocess.run(
+        [sys.executable, "-m", "orchestrator", "config", "show", "--origin", "--json"],
+        cwd=tmp_path,
+        env={"PYTHONPATH": str(ROOT), "HOME": str(tmp_path)},
+        capture_output=True,
+        text=True,
+        check=True,
+    )
+    shown = json.loads(done.stdout)["data_dir"]
+    assert shown["origin"] == "default"
+    assert Path(shown["value"]).name.startswith(f"{tmp_path.name}-")
 
 
 # -- what is not read ---------------------------------------------------------------------------------------

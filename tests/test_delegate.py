@@ -508,12 +508,12 @@ async def test_a_budget_used_up_while_a_run_waits(runtime: OpenRuntime, model: M
 
 
 async def test_depth_is_limited(runtime: OpenRuntime, model: ModelServer) -> None:
-    model.rules = [Rule("ok")]
+    model.rules = [Rule(Reply("still at it", fault=Fault(stall_at=2)))]
     async with runtime(limits__max_depth=2) as rt:
-        top = await delegate(rt, Task(agent="helper", prompt="x"))
-        below = await delegate(rt, Task(agent="helper", prompt="x", parent_id=top.run_id))
+        top = await submit(rt, Task(agent="helper", prompt="x"))
+        below = await submit(rt, Task(agent="helper", prompt="x", parent_id=top))
         with pytest.raises(DepthLimitError, match="limited to 2 levels"):
-            await delegate(rt, Task(agent="helper", prompt="x", parent_id=below.run_id))
+            await delegate(rt, Task(agent="helper", prompt="x", parent_id=below))
         assert len(await rt.store.runs()) == 2
 
 

@@ -111,13 +111,6 @@ def test_siblings_share_what_their_parent_has() -> None:
         first.check()
 
 
-def test_unknown_costs_are_counted_all_the_way_up() -> None:
-    plan = Budget(1.0)
-    step = Budget(parent=Budget(parent=plan))
-    step.charge_unknown()
-    assert (step.unknown, plan.unknown, plan.spent, plan.remaining) == (1, 1, 0.0, 1.0)
-
-
 @given(depth=st.integers(0, 10), max_depth=st.integers(1, 10))
 def test_depth_is_limited(depth: int, max_depth: int) -> None:
     if depth <= max_depth:

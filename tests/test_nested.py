@@ -7,12 +7,14 @@ from pathlib import Path
 import anyio
 import pytest
 
-from mcp_tools import open_door
-from orchestrator.delegation import delegate
+from mcp_tools import build_server, open_door
+from orchestrator.delegation import delegate, submit
+from orchestrator.errors import BudgetExceededError, LimitError
 from orchestrator.runtime import Runtime
+from orchestrator.specs import OUR_TOOLS, SERVER
 from orchestrator.store import Run
 from orchestrator.task import Task
-from orchestrator.testing import ModelServer, Reply, Request, Rule, ToolUse
+from orchestrator.testing import Fault, ModelServer, Reply, Request, Rule, ToolUse
 from tests.conftest import write_agent
 from tests.otlp import otlp_receiver
 
@@ -115,3 +117,60 @@ async def test_tokens_end_with_their_run(chain: None, runtime: Open) -> None:
         async with runtime(open_door=open_door, limits__max_depth=1) as rt:
             await delegate(rt, Task(agent="a", prompt="begin"))
             assert not rt.tokens
+
+
+async def test_only_the_tools_the_file_names_are_offered(project: Path, runtime: Open, model: ModelServer) -> None:
+    write_agent(project, "looker", tools="mcp__orchestrator__query_traces", body="You are the looker.")
+    write_agent(project, "plain", body="You are plain.")
+    model.rules = [Rule("ok")]
+    with anyio.fail_after(60):
+        async with runtime(open_door=open_door) as rt:
+            await delegate(rt, Task(agent="looker", prompt="go"))
+            await delegate(rt, Task(agent="plain", prompt="go"))
+            known = {f"mcp__orchestrator__{tool.name}" for tool in await build_server(rt).list_tools()}
+    assert known == {f"{SERVER}__{tool}" for tool in OUR_TOOLS}
+    assert model.journal[0].tools == ["mcp__orchestrator__query_traces"]
+    assert not known & set(model.journal[1].tools), "a file without a tools list cannot spend by delegating"
+
+
+async def test_a_child_of_a_run_that_has_ended_is_refused(rt: Runtime, model: ModelServer) -> None:
+    model.rules = [Rule("ok")]
+    with anyio.fail_after(60):
+        parent = await delegate(rt, Task(agent="helper", prompt="go"))
+        with pytest.raises(LimitError, match="has ended"):
+            await delegate(rt, Task(agent="helper", prompt="again", parent_id=parent.run_id))
+
+
+async def test_a_parent_in_another_process_still_bounds_the_budget(
+    runtime: Open, model: ModelServer, project: Path
+) -> None:
+    """Two runtimes on one store, as `orchestrator run` and the server are."""
+    model.rules = [Rule(Reply("working", fault=Fault(stall_at=4)), when={"user": "parent"}), Rule("never")]
+    with anyio.fail_after(60):
+        async with runtime() as first, runtime() as second:
+            parent = await submit(first, Task(agent="helper", prompt="parent", budget_usd=0.02))
+            await model.wait_for("parent")
+            await first.store.update_run(parent, cost_usd=0.02)
+            with pytest.raises(BudgetExceededError):
+                await delegate(second, Task(agent="helper", prompt="child", parent_id=parent))
+    assert len(model.journal) == 1
+
+
+async def test_what_a_failed_run_delegated_is_ended_first(project: Path, runtime: Open, model: ModelServer) -> None:
+    write_agent(project, "boss", tools="mcp__orchestrator", body="You are the boss.")
+    model.rules = [
+        Rule(
+            ToolUse(CALL, {"agent": "helper", "prompt": "x", "wait_s": 0}),
+            when={"system": "the boss", "tool_result": False},
+        ),
+        Rule(Reply(fault=Fault(status=403, message="no more")), when={"system": "the boss"}),
+        Rule(Reply("half", fault=Fault(stall_at=4)), when={"system": "the helper"}),
+    ]
+    with anyio.fail_after(60):
+        async with runtime(open_door=open_door) as rt:
+            outcome = await delegate(rt, Task(agent="boss", prompt="go"))
+            boss, helper = await rt.store.tree(outcome.run_id)
+    assert (boss.status, helper.status) == ("failed", "cancelled")
+    assert helper.ended_us is not None
+    assert boss.ended_us is not None
+    assert helper.ended_us <= boss.ended_us

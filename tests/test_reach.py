@@ -1,5 +1,6 @@
 """What is configured or asked for reaches the model request of the real CLI."""
 
+import json
 from collections.abc import Callable
 from contextlib import AbstractAsyncContextManager
 from pathlib import Path
@@ -52,11 +53,12 @@ async def test_the_configured_time_limit_holds_for_tasks_that_name_none(runtime:
     assert outcome.status == "timed_out"
 
 
-async def test_a_fallback_model_takes_over(rt: Runtime, model: ModelServer) -> None:
+async def test_a_fallback_model_takes_over(runtime: Open, model: ModelServer) -> None:
     overloaded = Fault(status=529, error_type="overloaded_error", message="Overloaded")
     model.rules = [Rule(Reply(fault=overloaded), when={"model": "opus"}), Rule("from the other model")]
     with anyio.fail_after(30):
-        outcome = await delegate(rt, Task(agent="helper", prompt="go", fallback_model="claude-sonnet-5-5"))
+        async with runtime(claude__max_retries=3) as rt:
+            outcome = await delegate(rt, Task(agent="helper", prompt="go", fallback_model="claude-sonnet-5-5"))
     assert outcome.text == "from the other model", outcome.error
     assert outcome.model == "claude-sonnet-5-5"
 
@@ -120,3 +122,48 @@ async def test_the_key_is_nowhere_in_our_data(tmp_path: Path, rt: Runtime, model
     files = [path for path in (tmp_path / "data").rglob("*") if path.is_file()]
     assert files
     assert [path for path in files if DUMMY_KEY.encode() in path.read_bytes()] == []
+
+
+async def test_settings_of_a_directory_count_only_inside_the_project(
+    rt: Runtime, project: Path, model: ModelServer, tmp_path: Path
+) -> None:
+    """A repository somebody else made must not run hooks or name another server when an agent works in it."""
+    theirs = tmp_path / "theirs"
+    for folder in (theirs, project):
+        (folder / ".claude").mkdir(parents=True)
+        hook = {"type": "command", "command": f"touch {folder}/hooked"}
+        settings_of = {"hooks": {"SessionStart": [{"hooks": [hook]}]}}
+        (folder / ".claude" / "settings.json").write_text(json.dumps(settings_of))
+        (folder / "CLAUDE.md").write_text(f"memory of {folder.name}")
+    model.rules = [Rule("ok")]
+    with anyio.fail_after(30):
+        await delegate(rt, Task(agent="helper", prompt="go"))
+        await delegate(rt, Task(agent="helper", prompt="go", cwd=theirs))
+    assert (project / "hooked").exists()
+    assert "memory of project" in json.dumps(model.journal[0].body)
+    assert not (theirs / "hooked").exists()
+    assert "memory of theirs" not in json.dumps(model.journal[1].body)
+
+
+async def test_the_permission_mode_is_the_files_whatever_the_settings_say(
+    rt: Runtime, project: Path, model: ModelServer
+) -> None:
+    write_agent(project, "careful", tools="Write", body="You are careful.")
+    rt.catalog.load()
+    (project / ".claude").mkdir()
+    (project / ".claude" / "settings.json").write_text('{"permissions": {"defaultMode": "acceptEdits"}}')
+    model.rules = [
+        Rule("done", when={"tool_result": True}),
+        Rule(ToolUse("Write", {"file_path": str(project / "x.txt"), "content": "x"})),
+    ]
+    with anyio.fail_after(30):
+        await delegate(rt, Task(agent="careful", prompt="go"))
+    assert not (project / "x.txt").exists()
+
+
+async def test_a_proxy_is_not_in_the_way_to_loopback(runtime: Open, model: ModelServer) -> None:
+    model.rules = [Rule("ok")]
+    with anyio.fail_after(30):
+        async with runtime(env={"HTTP_PROXY": "http://127.0.0.1:9", "HTTPS_PROXY": "http://127.0.0.1:9"}) as rt:
+            outcome = await delegate(rt, Task(agent="helper", prompt="go"))
+    assert outcome.ok, outcome.error

@@ -6,7 +6,7 @@ import signal
 import socket
 import stat
 from collections.abc import AsyncIterator, Callable
-from contextlib import AbstractAsyncContextManager, AsyncExitStack, asynccontextmanager
+from contextlib import AbstractAsyncContextManager, AsyncExitStack, asynccontextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -232,6 +232,15 @@ class Wire:
         line, _, self._buffer = self._buffer.partition(b"\n")
         return json.loads(line)
 
+    async def last_words(self) -> bytes:
+        """Say no more, and hear the other end out."""
+        said = self._buffer
+        with anyio.fail_after(10), suppress(anyio.EndOfStream, anyio.BrokenResourceError):
+            await self.stream.send_eof()
+            while True:
+                said += await self.stream.receive()
+        return said
+
     async def ended(self) -> bool:
         with anyio.fail_after(10), pytest.raises((anyio.EndOfStream, anyio.BrokenResourceError)):
             await self.stream.receive()
@@ -277,6 +286,233 @@ async def test_the_line_door_answers_what_is_not_a_message(dial: Any) -> None:
         assert (answer["id"], answer["error"]["code"]) == (5, -32600)
         await wire.say({"jsonrpc": "2.0", "id": 6, "method": "ping"})
         assert (await wire.hear())["id"] == 6
+
+
+CANCELLED = '{"jsonrpc":"2.0","method":"notifications/cancelled","params":%s}'
+REQUEST = '{"jsonrpc":"2.0","id":1,"method":"tools/call","params":%s}'
+MODERN = '"_meta":{"io.modelcontextprotocol/protocolVersion":"2026-07-28","io.modelcontextprotocol/clientCapabilities":{}%s}'
+
+HELLOS = [
+    rb'{"token":"\ud800"}',
+    rb'{"token":"\udcff\ud800"}',
+    rb'{"token":"\u0000"}',
+    '{"token":"é\u2028"}'.encode(),
+    b'{"token":"\xed\xa0\x80"}',
+    b'{"token":[]}',
+    b'{"token":{"token":1}}',
+    b'{"token":1e999}',
+    b'{"token":true}',
+    b'{"token":' + b"9" * 4000 + b"}",
+    b"[" * 4000,
+    b'{"a":' * 700,
+    b'"' + b"x" * 4000,
+    b"NaN",
+    b"null",
+    b"\x00",
+    b"\x16\x03\x01\x02\x00\x01\x00\x01\xfc\x03\x03",
+    b"PRI * HTTP/2.0",
+    b"\xfe\xff\x00{",
+    b"",
+]
+
+SAID = [
+    b"",
+    b"\x00",
+    b"\xff\xfe",
+    b"null",
+    b"NaN",
+    b"[]",
+    b'[{"jsonrpc":"2.0","id":1,"method":"ping"}]',
+    b"[" * 100_000,
+    b'{"a":' * 100_000,
+    b'{"jsonrpc":"2.0"}',
+    rb'{"jsonrpc":"2.0","id":"\ud800","method":"ping"}',
+    rb'{"jsonrpc":"2.0","id":"\ud800","method":7}',
+    rb'{"jsonrpc":"2.0","id":1,"method":"\udfff"}',
+    rb'{"jsonrpc":"2.0","id":1,"method":"\u0000"}',
+    rb'{"jsonrpc":"2.0","id":1,"method":"ping","\ud800":1}',
+    b'{"jsonrpc":"2.0","id":1e999,"method":7}',
+    b'{"jsonrpc":"2.0","id":NaN,"method":7}',
+    b'{"jsonrpc":"2.0","id":true,"method":"ping"}',
+    b'{"jsonrpc":"2.0","id":true,"method":7}',
+    b'{"jsonrpc":"2.0","id":null,"method":"ping"}',
+    b'{"jsonrpc":"2.0","id":[1],"method":"ping"}',
+    b'{"jsonrpc":"2.0","id":{},"method":7}',
+    b'{"jsonrpc":"2.0","id":1.5,"method":"ping"}',
+    b'{"jsonrpc":"2.0","id":' + b"9" * 4000 + b',"method":"ping"}',
+    b'{"jsonrpc":"2.0","id":' + b"9" * 5000 + b',"method":"ping"}',
+    b'{"jsonrpc":"2.0","id":"' + b"9" * 5000 + b'","method":"ping"}',
+    b'{"jsonrpc":"2.0","id":1,"method":"ping","params":[1]}',
+    b'{"jsonrpc":"2.0","id":1,"method":"ping","params":{"_meta":7}}',
+    b'{"jsonrpc":"2.0","id":1,"method":"ping","params":{"_meta":{"progressToken":[1]}}}',
+    b'{"jsonrpc":"2.0","id":1,"result":{}}',
+    b'{"jsonrpc":"2.0","id":1,"result":[]}',
+    b'{"jsonrpc":"2.0","id":1,"error":{"code":1,"message":"m"}}',
+    b'{"jsonrpc":"2.0","id":null,"error":{"code":1,"message":"m"}}',
+    b'{"jsonrpc":"2.0","id":1,"error":7}',
+    *(
+        (CANCELLED % params).encode()
+        for params in (
+            "{}", "null", "[]", '{"requestId":[1]}', '{"requestId":{"a":1}}', '{"requestId":[[]]}',
+            '{"requestId":null}', '{"requestId":true}', '{"requestId":1.5}', '{"requestId":"1"}', '{"requestId":1}',
+            '{"requestId":"%s"}' % ("9" * 5000), '{"requestId":1,"reason":[{}]}', '{"requestId":"\\u0000"}',
+        )
+    ),
+    b'{"jsonrpc":"2.0","method":"notifications/progress","params":{"progressToken":[],"progress":{}}}',
+    b'{"jsonrpc":"2.0","method":"notifications/initialized","params":{"_meta":[]}}',
+    b'{"jsonrpc":"2.0","method":"notifications/\xed\xa0\x80"}',
+    b'{"jsonrpc":"2.0","id":1,"method":"initialize"}',
+    b'{"jsonrpc":"2.0","id":1,"method":"initialize","params":{"protocolVersion":[],"capabilities":7}}',
+    b'{"jsonrpc":"2.0","id":1,"method":"subscriptions/listen","params":{"a":[]}}',
+    *(
+        (REQUEST % params).encode()
+        for params in (
+            "{}", '{"name":[]}', '{"name":"delegate","arguments":[]}',
+            "{%s}" % (MODERN % ""),
+            '{"name":"nothing",%s}' % (MODERN % ""),
+            '{"name":"list_agents","arguments":{},%s}' % (MODERN % ',"traceparent":[7]'),
+            '{"name":"list_agents","arguments":{},%s}' % (MODERN % ',"traceparent":"00-x","progressToken":{}'),
+            '{"name":"list_agents","arguments":{},%s}' % (MODERN % ',"orchestrator/caller":[[]]'),
+            '{"name":"list_agents","arguments":{},%s}'
+            % (MODERN % ',"orchestrator/caller":{"project_dir":"/\\u0000","run_id":{}}'),
+            '{"_meta":{"io.modelcontextprotocol/protocolVersion":[]}}',
+            '{"_meta":{"io.modelcontextprotocol/protocolVersion":"2026-07-28",'
+            '"io.modelcontextprotocol/clientCapabilities":7}}',
+        )
+    ),
+]  # fmt: skip
+
+
+async def is_well(dial: Any) -> bool:
+    """Whether a client that behaves is served."""
+    async with dial() as wire:
+        await wire.say({"token": TOKEN})
+        welcome = await wire.hear()
+        await wire.say({"jsonrpc": "2.0", "id": 6, "method": "ping"})
+        return welcome["ok"] is True and (await wire.hear())["id"] == 6
+
+
+async def test_no_hello_ends_the_line_door(dial: Any, caplog: pytest.LogCaptureFixture) -> None:
+    for line in HELLOS:
+        async with dial() as wire:
+            await wire.say(line)
+            await wire.last_words()
+        assert await is_well(dial), line
+        assert "a defect" not in caplog.text, line
+
+
+async def test_no_line_ends_the_line_door(dial: Any, caplog: pytest.LogCaptureFixture) -> None:
+    for line in SAID:
+        async with dial() as wire:
+            await wire.say({"token": TOKEN})
+            await wire.say(line)
+            await wire.last_words()
+        assert await is_well(dial), line
+        assert "a defect" not in caplog.text, line
+
+
+JSON = st.recursive(
+    st.none() | st.booleans() | st.integers() | st.floats() | st.text(st.characters(), max_size=8),
+    lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.text(max_size=4), inner, max_size=3),
+    max_leaves=6,
+)
+METHODS = ["notifications/cancelled", "notifications/progress", "initialize", "ping", "tools/call", "tools/list"]
+MESSAGES = st.fixed_dictionaries(
+    {"jsonrpc": st.just("2.0")},
+    optional={
+        "id": JSON,
+        "method": st.sampled_from(METHODS) | JSON,
+        "params": st.fixed_dictionaries({}, optional=dict.fromkeys(["requestId", "_meta", "name"], JSON)) | JSON,
+        "result": JSON,
+        "error": JSON,
+    },
+)
+
+
+@given(st.lists(MESSAGES, min_size=1, max_size=4), st.binary(max_size=20))
+@settings(max_examples=40, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+async def test_no_messages_end_the_line_door(
+    dial: Any, caplog: pytest.LogCaptureFixture, messages: list[Any], rest: bytes
+) -> None:
+    caplog.clear()
+    async with dial() as wire:
+        await wire.say({"token": TOKEN})
+        for message in messages:
+            await wire.say(message)
+        await wire.say(rest)
+        await wire.last_words()
+    assert await is_well(dial)
+    assert "a defect" not in caplog.text
+
+
+class Told(logging.Handler):
+    """Sets an event when a certain thing is logged."""
+
+    def __init__(self, words: str) -> None:
+        super().__init__()
+        self.words = words
+        self.event = anyio.Event()
+
+    def emit(self, record: logging.LogRecord) -> None:
+        if self.words in record.getMessage():
+            self.event.set()
+
+
+@contextmanager
+def no_more_descriptors() -> Iterator[None]:
+    """While it lasts, nothing can be opened or accepted."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    resource.setrlimit(resource.RLIMIT_NOFILE, (0, hard))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
+
+
+async def test_running_out_of_descriptors_ends_no_connection(rt: Runtime) -> None:
+    told = Told("nobody can connect")
+    door = logging.getLogger("mcp_tools.lines")
+    door.addHandler(told)
+    try:
+        async with open_doors(rt, token=TOKEN) as doors:
+            address = ("127.0.0.1", doors.line_port or 0)
+            first, late = await anyio.connect_tcp(*address), socket.socket()
+            with no_more_descriptors():
+                late.connect(address)
+                with anyio.fail_after(10):
+                    await told.event.wait()
+            for stream in (first, await SocketStream.from_socket(late)):
+                async with stream:
+                    wire = Wire(stream)
+                    await wire.say({"token": TOKEN})
+                    assert (await wire.hear())["ok"]
+    finally:
+        door.removeHandler(told)
+
+
+async def test_a_request_cancelled_by_another_spelling_of_its_id_is_not_waited_for() -> None:
+    unanswered, lines, others = Unanswered(), Lines(Pipe()), Lines(Pipe())
+    asked = JSONRPCRequest(jsonrpc="2.0", id=1, method="tools/call")
+    for each in (lines, others):
+        unanswered.came(each, asked)
+
+    def cancel(request_id: Any) -> JSONRPCNotification:
+        return JSONRPCNotification(
+            jsonrpc="2.0", method="notifications/cancelled", params={"requestId": request_id}
+        )
+
+    # True is 1 to Python, not to JSON.
+    for nothing in (True, [1], {}, None, 1.5, "one"):
+        unanswered.came(lines, cancel(nothing))
+    with anyio.move_on_after(0) as waiting:
+        await unanswered.none()
+    assert waiting.cancelled_caught
+
+    # The SDK takes "1" for 1, and does not answer what was cancelled.
+    unanswered.came(lines, cancel("1"))
+    unanswered.went(others, JSONRPCResponse(jsonrpc="2.0", id="1", result={}))
+    with anyio.fail_after(1):
+        await unanswered.none()
 
 
 # -- serve --------------------------------------------------------------------------------------------------

@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -103,9 +104,17 @@ def variables(environ: dict[str, str], **more: str) -> dict[str, str]:
 async def started(config: Config, environ: dict[str, str], *argv: str, **more: str) -> AsyncIterator[Client]:
     """A shim on the data directory of ``config``, ended with the context."""
     argv = argv or ("--data-dir", str(config.data_path))
-    command = [sys.executable, "-m", "orchestrator", "mcp", *argv]
     more = {"CLAUDE_PROJECT_DIR": str(config.project_dir), **more}
-    process = await anyio.open_process(command, stderr=None, env=variables(environ, **more))
+    async with command(["mcp", *argv], variables(environ, **more)) as client:
+        yield client
+
+
+@asynccontextmanager
+async def command(argv: list[str], environ: dict[str, str], cwd: Path | None = None) -> AsyncIterator[Client]:
+    """``orchestrator`` with any arguments that end in a shim, ended with the context."""
+    process = await anyio.open_process(
+        [sys.executable, "-m", "orchestrator", *argv], stderr=None, env=environ, cwd=cwd
+    )
     async with process:
         try:
             yield Client(process)
@@ -155,6 +164,22 @@ def test_nothing_heavy_is_imported(tmp_path: Path, environ: dict[str, str]) -> N
     assert not {"pydantic", "anyio", "mcp", "click", "yaml", "asyncio", "subprocess", "psutil"} & loaded
 
 
+@pytest.fixture
+def home(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A home of this test's own, for what starts with ``~`` and for the default."""
+    monkeypatch.setenv("HOME", str(tmp_path / "home"))
+    monkeypatch.delenv("XDG_DATA_HOME", raising=False)
+    return tmp_path / "home"
+
+
+def agreed(start: Path, environ: dict[str, str] | None = None) -> Path:
+    """The data directory of a project, on which shim and settings must agree."""
+    found = shim.data_directory(None, environ or {}, start)
+    assert found == load_config(project_dir=start, environ=environ or {}).data_path
+    return found
+
+
+@pytest.mark.parametrize("start", [".", "deep/inside"])
 @pytest.mark.parametrize(
     ("yaml_text", "env_text", "variables"),
     [
@@ -163,52 +188,105 @@ def test_nothing_heavy_is_imported(tmp_path: Path, environ: dict[str, str]) -> N
         (None, None, {"XDG_DATA_HOME": "relative"}),
         (None, None, {"ORCHESTRATOR_DATA_DIR": "/var/orc"}),
         (None, None, {"ORCHESTRATOR_DATA_DIR": "~/orc"}),
+        (None, "ORCHESTRATOR_DATA_DIR=from-env\n", {}),
+        ("", None, {}),
+        ("", None, {"XDG_DATA_HOME": "/var/xdg"}),
+        ("limits:\n  max_depth: 2\n", None, {}),
+        ("limits:\n  max_depth: 2\n", None, {"ORCHESTRATOR_DATA_DIR": "nearest"}),
+        ("limits:\n  max_depth: 2\n", "ORCHESTRATOR_DATA_DIR=from-env\n", {}),
         ("data_dir: state", None, {}),
+        ("data_dir: /var/orc", None, {}),
+        ("data_dir: ~/orc", None, {}),
         ("# data_dir: no\ndata_dir:   ../state/x#1   # here", None, {}),
         ("limits:\n  max_depth: 2\ndata_dir: 'a place'\n", None, {}),
         ('data_dir: "~/a place" # there', None, {}),
+        ("data_dir: one\ndata_dir: two", None, {}),
+        ("data_dir: null", None, {}),
+        ("data_dir: ~  # your home is not meant", None, {}),
+        ("project_dir: sub\ndata_dir: state", None, {}),
+        ("project_dir: /srv\ndata_dir: state", None, {"ORCHESTRATOR_PROJECT_DIR": "sub"}),
+        ("project_dir: sub", None, {}),
         ("data_dir: state", "ORCHESTRATOR_DATA_DIR=from-env\n", {}),
+        ("data_dir: state", "ORCHESTRATOR_DATA_DIR=one\nORCHESTRATOR_DATA_DIR=two\n", {}),
         ("data_dir: state", 'export ORCHESTRATOR_DATA_DIR="from env"\n', {}),
+        ("data_dir: state", "ORCHESTRATOR_DATA_DIR=\n", {}),
         ("data_dir: state", "ORCHESTRATOR_DATA_DIR=from-env\n", {"ORCHESTRATOR_DATA_DIR": "nearest"}),
-        ("limits:\n  max_depth: 2\n", None, {}),
+        ("data_dir: state", None, {"ORCHESTRATOR_DATA_DIR": " "}),
+        ("data_dir: state", None, {"ORCHESTRATOR_DATA_DIR": "null"}),
     ],
 )
+@pytest.mark.usefixtures("home")
 def test_the_data_directory_is_the_one_of_the_settings(
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
     yaml_text: str | None,
     env_text: str | None,
     variables: dict[str, str],
+    start: str,
 ) -> None:
     project = tmp_path / "project"
-    inside = project / "deep" / "inside"
-    inside.mkdir(parents=True)
-    monkeypatch.setenv("HOME", str(tmp_path / "home"))
-    monkeypatch.delenv("XDG_DATA_HOME", raising=False)
+    (project / "deep" / "inside").mkdir(parents=True)
     for name, value in variables.items():
         monkeypatch.setenv(name, value)
     if yaml_text is not None:
         (project / "orchestrator.yaml").write_text(yaml_text)
-        (project / ".env").write_text(env_text or "")
+    if env_text is not None:
+        (project / ".env").write_text(env_text)
 
-    found = shim.data_directory(None, variables, inside)
+    agreed(project / start, variables)
 
-    assert found == load_config(project_dir=inside, environ=variables).data_path
+
+def test_projects_without_settings_share_a_directory_and_others_do_not(tmp_path: Path, home: Path) -> None:
+    plain, deep = tmp_path / "plain", tmp_path / "one" / "app" / "src"
+    for folder in (plain, deep, tmp_path / "two" / "app"):
+        folder.mkdir(parents=True)
+    for parent in ("one", "two"):
+        (tmp_path / parent / "app" / "orchestrator.yaml").write_text("limits: {max_depth: 2}")
+    link = tmp_path / "link"
+    link.symlink_to(tmp_path / "one" / "app")
+
+    shared = home / ".local" / "share" / "orchestrator"
+    assert agreed(plain) == agreed(tmp_path) == shared
+    one, two = agreed(tmp_path / "one" / "app"), agreed(tmp_path / "two" / "app")
+    assert one.parent == two.parent == shared / "projects"
+    assert one != two
+    assert agreed(deep) == agreed(link) == agreed(link / "src") == one
+
+
+@pytest.mark.usefixtures("home")
+def test_two_projects_that_link_to_one_file_have_two_directories(tmp_path: Path) -> None:
+    """Its relative paths, and the ``.env`` beside it, are those of the project it is found in."""
+    (tmp_path / "settings.yaml").write_text("limits: {max_depth: 2}")
+    for parent in ("one", "two"):
+        (tmp_path / parent / "app").mkdir(parents=True)
+        (tmp_path / parent / "app" / "orchestrator.yaml").symlink_to(tmp_path / "settings.yaml")
+    assert agreed(tmp_path / "one" / "app") != agreed(tmp_path / "two" / "app")
 
 
 def test_the_argument_wins(tmp_path: Path) -> None:
     assert shim.data_directory("/a/b", {"ORCHESTRATOR_DATA_DIR": "/c"}, tmp_path) == Path("/a/b")
 
 
-def test_a_configuration_file_elsewhere(tmp_path: Path) -> None:
-    elsewhere = tmp_path / "elsewhere" / "settings.yaml"
+@pytest.mark.usefixtures("home")
+@pytest.mark.parametrize("text", ["", "data_dir: state", "data_dir: ~/state", "data_dir: /var/state"])
+def test_a_configuration_file_elsewhere(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, text: str) -> None:
+    project, elsewhere = tmp_path / "project", tmp_path / "elsewhere" / "settings.yaml"
+    project.mkdir()
     elsewhere.parent.mkdir()
-    elsewhere.write_text("data_dir: state")
-    environ = {"ORCHESTRATOR_CONFIG": str(elsewhere)}
-    assert shim.data_directory(None, environ, tmp_path) == load_config(environ=environ).data_path
+    elsewhere.write_text(text)
+    (tmp_path / "link.yaml").symlink_to(elsewhere)
+    monkeypatch.chdir(tmp_path)
+    own = agreed(project)
+    names = (str(elsewhere), "elsewhere/settings.yaml", "link.yaml")
+    [found] = {agreed(project, {"ORCHESTRATOR_CONFIG": name}) for name in names}
+    assert found != own
+    (project / "orchestrator.yaml").write_text("data_dir: not-this-one")
+    assert agreed(project, {"ORCHESTRATOR_CONFIG": str(elsewhere)}) == found
 
 
-@pytest.mark.parametrize("argv", [["--data-dir"], ["--data-dir="], ["--port", "1"], ["x"]])
+@pytest.mark.parametrize(
+    "argv", [["--data-dir"], ["--data-dir="], ["--config", ""], ["--port", "1"], ["x"], ["--data-dir", "/x", "y"]]
+)
 def test_wrong_arguments(argv: list[str], capfd: pytest.CaptureFixture[str]) -> None:
     assert shim.main(argv) == 2
     captured = capfd.readouterr()
@@ -347,26 +425,37 @@ async def test_signals_end_the_shim_quietly(client: Client, sent: signal.Signals
 def installed(make_config: Callable[..., Config]) -> Config:
     """Settings in the project's file, where a server that a shim starts finds them."""
     config = make_config()
-    tree: dict[str, Any] = {"data_dir": str(config.data_dir), "claude": config.claude.model_dump(mode="json")}
-    tree["agents"] = {"user_path": str(config.agents.user_path), "default_model": "claude-opus-5-5"}
-    (config.project_dir / "orchestrator.yaml").write_text(yaml.safe_dump(tree))
+    (config.project_dir / "orchestrator.yaml").write_text(settings_for(config, data_dir=str(config.data_dir)))
     return config
 
 
 @pytest.fixture
-async def sweeping(installed: Config) -> AsyncIterator[None]:
-    """Ends the server that shims have started."""
+async def sweeping(installed: Config, environ: dict[str, str]) -> AsyncIterator[None]:
+    """Ends the servers that shims have started."""
     yield
-    if state := read_state(installed.data_path):
-        server = psutil.Process(state.pid)
-        server.terminate()
-        await anyio.to_thread.run_sync(server.wait, 10)
+    default = Path(environ["HOME"]) / ".local" / "share" / "orchestrator"
+    for file in [installed.data_path / "server.json", *default.rglob("server.json")]:
+        if state := read_state(file.parent):
+            server = psutil.Process(state.pid)
+            server.terminate()
+            await anyio.to_thread.run_sync(server.wait, 10)
 
 
 def server_of(config: Config) -> ServerState:
-    state = read_state(config.data_path)
+    return state_in(config.data_path)
+
+
+def state_in(data: Path) -> ServerState:
+    state = read_state(data)
     assert state
     return state
+
+
+def settings_for(config: Config, **more: Any) -> str:
+    """A configuration file with what the tests' CLI needs, and no ``data_dir``."""
+    claude = config.claude.model_dump(mode="json")
+    user_agents = {"user_path": str(config.agents.user_path), "default_model": "claude-opus-5-5"}
+    return yaml.safe_dump({"claude": claude, "agents": user_agents, **more})
 
 
 @pytest.mark.usefixtures("sweeping")
@@ -471,6 +560,70 @@ async def test_the_server_is_stopped_in_the_middle_of_a_call(
         assert read_state(installed.data_path) is None
         assert (await client.ask("tools/list"))["result"]
         assert server_of(installed).pid != first.pid
+
+
+@pytest.mark.usefixtures("sweeping", "home")
+async def test_each_settings_file_has_a_server_of_its_own(
+    installed: Config, environ: dict[str, str], model: ModelServer, tmp_path: Path
+) -> None:
+    """A project that may spend nothing does not get the server of one that may."""
+    model.rules = [Rule("hello")]
+    rich, poor = tmp_path / "rich", tmp_path / "poor"
+    for folder, limits in ((rich, {}), (poor, {"budget_usd": 0})):
+        shutil.copytree(installed.project_dir, folder)
+        (folder / "orchestrator.yaml").write_text(settings_for(installed, limits=limits))
+
+    answers = []
+    for folder in (rich, poor):
+        async with command(["mcp"], variables(environ), cwd=folder) as client:
+            answers.append(await client.call("delegate", agent="helper", prompt="x"))
+
+    assert answers[0].startswith("hello\n")
+    assert "budget" in answers[1]
+    assert state_in(agreed(rich)).pid != state_in(agreed(poor)).pid
+
+
+@pytest.mark.usefixtures("sweeping", "home")
+async def test_a_server_has_the_settings_that_were_named(
+    installed: Config, environ: dict[str, str], model: ModelServer, tmp_path: Path
+) -> None:
+    """However the file is named, and although the server starts in the project: relative names are ours."""
+    elsewhere = tmp_path / "elsewhere"
+    elsewhere.mkdir()
+    (elsewhere / "mine.yaml").write_text(settings_for(installed, limits={"budget_usd": 0}))
+    environ = variables(environ, CLAUDE_PROJECT_DIR=str(installed.project_dir))
+    named = {**environ, "ORCHESTRATOR_CONFIG": "mine.yaml"}
+    ways: list[tuple[list[str], dict[str, str]]] = [
+        (["mcp"], named),
+        (["mcp", "--config", "mine.yaml"], environ),
+        (["mcp", "--config=mine.yaml"], {**environ, "ORCHESTRATOR_CONFIG": "no-such-file.yaml"}),
+        (["--config", "mine.yaml", "mcp"], environ),
+    ]
+    data = agreed(installed.project_dir, {"ORCHESTRATOR_CONFIG": str(elsewhere / "mine.yaml")})
+    pids = set()
+    for argv, variables_ in ways:
+        async with command(argv, variables_, cwd=elsewhere) as client:
+            assert "budget" in await client.call("delegate", agent="helper", prompt="x")
+            pids.add(state_in(data).pid)
+    assert len(pids) == 1
+    assert read_state(installed.data_path) is None
+
+
+def test_settings_of_a_call_are_refused_for_a_server_that_may_run_already(
+    tmp_path: Path, environ: dict[str, str]
+) -> None:
+    done = subprocess.run(
+        [sys.executable, "-m", "orchestrator", "--set", "limits.budget_usd=0", "mcp"],
+        cwd=tmp_path,
+        env=variables(environ),
+        stdin=subprocess.DEVNULL,
+        capture_output=True,
+        text=True,
+        timeout=20,
+    )
+    assert done.returncode == 2
+    assert done.stdout == ""
+    assert "orchestrator.yaml" in done.stderr
 
 
 async def test_a_server_that_cannot_start(tmp_path: Path, environ: dict[str, str]) -> None:

@@ -85,8 +85,8 @@ def program(body: str) -> str:
     sys.path.insert(0, str(Path("tests")))
 
     def a_run(store, run_id, **fields):
-        return Run(id=run_id, trace_id="0" * 32, root_id=run_id, depth=1, kind="agent", name="helper", project="/srv", cwd="/srv",
-                   created_us=now_us(), instance_id=store.instance_id, **fields)
+        return Run(id=run_id, trace_id="0" * 32, root_id=run_id, depth=1, kind="agent", name="helper",
+                   project="/srv", cwd="/srv", created_us=now_us(), instance_id=store.instance_id, **fields)
 
     async def main(path):
         async with open_store(path) as store:

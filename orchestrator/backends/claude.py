@@ -332,7 +332,16 @@ def environment(
     inherited = {
         name: value for name, value in parent.items() if any(_matches(name, pattern) for pattern in patterns)
     }
-    return {**inherited, "HOME": chosen, **_SETTINGS, **extra}
+    return {**_beside_the_proxy(inherited), "HOME": chosen, **_SETTINGS, **extra}
+
+
+def _beside_the_proxy(variables: Mapping[str, str]) -> dict[str, str]:
+    """With a proxy, loopback addresses go around it: our own door, and the scripted model, are not behind it."""
+    if not any(name.upper() in ("HTTP_PROXY", "HTTPS_PROXY", "ALL_PROXY") for name in variables):
+        return dict(variables)
+    named = variables.get("NO_PROXY") or variables.get("no_proxy")
+    around = ",".join(filter(None, (named, "127.0.0.1,localhost,::1")))
+    return {**variables, "NO_PROXY": around, "no_proxy": around}
 
 
 def _matches(name: str, pattern: str) -> bool:

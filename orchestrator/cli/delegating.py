@@ -34,9 +34,11 @@ from orchestrator.tracing import SpanContext
 @click.option("--fork", is_flag=True, help="Go on with a copy of --session; the session stays as it is.")
 @click.option("--model", help="Model for this run.")
 @click.option("--cwd", type=click.Path(path_type=Path, exists=True, file_okay=False), help="Working directory.")
-@click.option("--budget-usd", type=float, help="Most this run may spend.")
-@click.option("--timeout-s", type=float, help="Most time this run may take.")
-@click.option("--schema", type=click.Path(path_type=Path, exists=True), help="JSON Schema file of the answer.")
+@click.option("--budget-usd", type=click.FloatRange(0, 1e6), help="Most this run may spend.")
+@click.option("--timeout-s", type=click.FloatRange(0, 1e7, min_open=True), help="Most time this run may take.")
+@click.option(
+    "--schema", type=click.Path(path_type=Path, exists=True, dir_okay=False), help="JSON Schema file of the answer."
+)
 @click.option("--scenario", type=click.Path(path_type=Path), help="Answer from this scenario; no model, no login.")
 @as_json
 @click.pass_context

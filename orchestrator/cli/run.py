@@ -109,11 +109,12 @@ async def watch_to_end(rt: Runtime, run_id: str, watcher: Watcher, show: Callabl
     live = rt.live.get(run_id)
 
     async def stop_on_signal() -> None:
-        with anyio.open_signal_receiver(signal.SIGINT, signal.SIGTERM) as signals:
+        # SIGHUP too: a closed terminal must not leave a plan without an end.
+        with anyio.open_signal_receiver(signal.SIGINT, signal.SIGTERM, signal.SIGHUP) as signals:
             asked = False
             async for _ in signals:
                 if asked:
-                    raise KeyboardInterrupt
+                    tg.cancel_scope.cancel()  # the runtime still ends the runs, without waiting for the plan's turn
                 asked = True
                 click.echo("\ncancelling; once more to leave at once", err=True)
                 await cancel(rt, run_id)

@@ -19,6 +19,7 @@ from orchestrator.cli.common import (
 )
 from orchestrator.cli.views import console, runs_table
 from orchestrator.config import Config
+from orchestrator.runtime import clean_up_after_the_dead
 from orchestrator.store import Run, Store, open_store
 
 POLL_SECONDS = 0.2
@@ -93,7 +94,7 @@ def cancel_command(ctx: click.Context, run_id: str) -> None:
 
     async def ask(store: Store) -> Run:
         # A process that died cannot act on the request: what it left is marked first.
-        await store.interrupt_abandoned()
+        await clean_up_after_the_dead(store)
         run = await store.run(run_id)
         for each in await store.tree(run.id):
             if not each.ended:
@@ -132,7 +133,7 @@ def wait_command(ctx: click.Context, run_id: str, timeout_s: float | None, as_js
 async def _ended(store: Store, run_id: str) -> Run:
     while not (run := await store.run(run_id)).ended:
         await anyio.sleep(POLL_SECONDS)
-        await store.interrupt_abandoned()
+        await clean_up_after_the_dead(store)
     return run
 
 

@@ -39,10 +39,17 @@ async def _serve(config: Config) -> None:
 def mcp_command(ctx: click.Context, arguments: tuple[str, ...]) -> None:
     """MCP over stdio: register with `claude mcp add orchestrator -- orchestrator mcp`.
 
-    Finds the server of the data directory, or starts it. Ends with its input; runs go on.
+    Finds the server of the data directory, or starts it. Ends with its input; runs go on. --config and
+    --data-dir are taken before and after the command.
     """
     from orchestrator import shim  # noqa: PLC0415
 
     root: dict[str, Any] = ctx.find_root().obj or {}
-    data_dir = root.get("data_dir")
-    sys.exit(shim.main([*(["--data-dir", str(data_dir)] if data_dir else []), *arguments]))
+    if root.get("sets"):
+        raise click.UsageError(
+            "--set cannot reach the server behind `orchestrator mcp`, which may be running already;"
+            " put the setting into orchestrator.yaml, or name another file with --config"
+        )
+    given = {"--config": root.get("config_file"), "--data-dir": root.get("data_dir")}
+    words = [word for name, path in given.items() if path is not None for word in (name, str(path))]
+    sys.exit(shim.main([*words, *arguments]))

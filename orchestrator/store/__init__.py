@@ -220,6 +220,18 @@ class Store:
         )
         return [Run.of(row) for row in rows]
 
+    async def rest_of_budget(self, run_id: str) -> float | None:
+        """What the run and those above it have left in USD, by what is recorded now; None if nothing limits it."""
+        rests = []
+        above: str | None = run_id
+        while above is not None:
+            run = await self.run(above)
+            if run.budget_usd is not None:
+                spent = sum(each.cost_usd or 0.0 for each in await self.tree(above) if each.kind == "agent")
+                rests.append(max(0.0, run.budget_usd - spent))
+            above = run.parent_id
+        return min(rests) if rests else None
+
     # -- messages -----------------------------------------------------------------------------------------
 
     async def add_message(self, run_id: str, seq: int, kind: str, subtype: str | None, body: Any) -> None:
