@@ -14,7 +14,8 @@ from typing import Any
 
 import anyio
 
-from orchestrator.delegation import attend, conclude, delegate, ended_as, stop_children, summary
+from orchestrator.delegation import attend, delegate
+from orchestrator.endings import conclude, ended_as, stop_children, summary
 from orchestrator.errors import (
     BudgetExceededError,
     OrchestratorError,

@@ -1,24 +1,29 @@
 """The served runtime: the HTTP door and its checks, the line door, one server per data directory, its end."""
 
 import json
+import logging
 import os
+import resource
 import signal
 import socket
 import stat
-from collections.abc import AsyncIterator, Callable
-from contextlib import AbstractAsyncContextManager, AsyncExitStack, asynccontextmanager, suppress
+from collections.abc import AsyncIterator, Callable, Iterator
+from contextlib import AbstractAsyncContextManager, AsyncExitStack, asynccontextmanager, contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
 import anyio
 import httpx2
 import pytest
-from anyio.abc import TaskGroup, TaskStatus
+from anyio.abc import SocketStream, TaskGroup, TaskStatus
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
 from mcp import Client, MCPError
 from mcp.client.streamable_http import streamable_http_client
-from mcp_types import TextContent
+from mcp_types import JSONRPCNotification, JSONRPCRequest, JSONRPCResponse, TextContent
 
 from mcp_tools import open_door, open_doors
+from mcp_tools.lines import Lines, Unanswered
 from orchestrator import __version__
 from orchestrator.delegation import submit, wait
 from orchestrator.errors import ServerUnavailableError
@@ -490,8 +495,9 @@ async def test_running_out_of_descriptors_ends_no_connection(rt: Runtime) -> Non
         door.removeHandler(told)
 
 
-async def test_a_request_cancelled_by_another_spelling_of_its_id_is_not_waited_for() -> None:
-    unanswered, lines, others = Unanswered(), Lines(Pipe()), Lines(Pipe())
+async def test_a_request_cancelled_by_another_spelling_of_its_id_is_not_waited_for(dial: Any) -> None:
+    async with dial() as one, dial() as other:
+        unanswered, lines, others = Unanswered(), Lines(one.stream), Lines(other.stream)
     asked = JSONRPCRequest(jsonrpc="2.0", id=1, method="tools/call")
     for each in (lines, others):
         unanswered.came(each, asked)

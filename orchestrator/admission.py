@@ -1,0 +1,189 @@
+"""Admission: everything that can refuse a task, before anything is spent, and what is known of the run by then."""
+
+import time
+import uuid
+from pathlib import Path
+
+from orchestrator.agents import Agent, resolve_model
+from orchestrator.conversation import SessionMode
+from orchestrator.errors import ConfigError, LimitError, PromptError, SessionBusyError, SessionNotFoundError
+from orchestrator.limits import Budget, check_depth
+from orchestrator.runtime import LiveRun, Runtime
+from orchestrator.specs import hide_values, permission_mode
+from orchestrator.store import Run, SessionRow, now_us
+from orchestrator.task import Task
+from orchestrator.tracing import new_run_id, new_trace_id
+
+
+async def admit(rt: Runtime, task: Task) -> tuple[LiveRun, Agent]:
+    """Check everything about a task and return the run it may become; nothing is written yet.
+
+    Raises what refuses it: see ``orchestrator.delegate``.
+    """
+    check_prompt(task.prompt, rt.config.limits.max_prompt_bytes)
+    parent = await rt.store.run(task.parent_id) if task.parent_id else None
+    project = _project(rt, task, parent)
+    agent = (await rt.agents_of(project)).get(task.agent)
+    permission_mode(rt, agent, task)
+    return await _prepare(rt, agent, task, parent, project), agent
+
+
+def check_prompt(prompt: str, max_bytes: int) -> None:
+    """Raises PromptError for what no CLI can be given verbatim."""
+    if not prompt.strip():
+        raise PromptError("the prompt is empty")
+    if "\0" in prompt:
+        raise PromptError(f"the prompt has a NUL character at position {prompt.index(chr(0))}")
+    try:
+        size = len(prompt.encode())
+    except UnicodeEncodeError as error:
+        raise PromptError(
+            f"the prompt has half a surrogate pair at position {error.start}: it is not text"
+        ) from None
+    if size > max_bytes:
+        raise PromptError(f"the prompt has {size:,} bytes; limits.max_prompt_bytes allows {max_bytes:,}")
+
+
+async def _prepare(rt: Runtime, agent: Agent, task: Task, parent: Run | None, project: Path) -> LiveRun:
+    live_parent = rt.live.get(parent.id) if parent else None
+    depth = parent.depth + 1 if parent else 1
+    check_depth(depth, rt.config.limits.max_depth)
+    budget = await _budget(rt, task, parent, live_parent)
+    budget.check()
+    source = await _source(rt, task.session) if task.session else None
+    mode = session_mode(task)
+    if mode == "fork" and source is not None:
+        check_free(source)
+    model, _ = resolve_model(
+        task.model, (await rt.store.preferences()).get(agent.id), agent, rt.config.agents.default_model
+    )
+    run_id = new_run_id()
+    row = Run(
+        id=run_id,
+        trace_id=_trace_id(task, parent),
+        parent_id=parent.id if parent else None,
+        parent_span_id=task.parent_span.span_id if task.parent_span else None,
+        root_id=parent.root_id if parent else run_id,
+        depth=depth,
+        kind="agent",
+        name=agent.id,
+        step=task.step,
+        prompt=task.prompt,
+        agent=agent.model_dump(mode="json") | {"mcp_servers": hide_values(agent.mcp_servers)[0]},
+        options=task.model_dump(
+            mode="json", exclude={"agent", "prompt", "parent_span", "caller", "parent_id"}, exclude_defaults=True
+        ),
+        model_requested=model,
+        project=str(project),
+        cwd=str(_cwd(project, task, parent, source)),
+        session_id=task.session if mode == "continue" else str(uuid.uuid4()),
+        session_mode=mode,
+        source_session_id=task.session if mode == "fork" else None,
+        caller=task.caller,
+        budget_usd=budget.limit,
+        created_us=now_us(),
+        instance_id=rt.store.instance_id,
+    )
+    return LiveRun(row, budget, touched=time.monotonic(), parent=live_parent)
+
+
+def _project(rt: Runtime, task: Task, parent: Run | None) -> Path:
+    if task.project_dir is not None:
+        return rt.config.resolve(task.project_dir)
+    return Path(parent.project) if parent else rt.config.project_dir
+
+
+async def _source(rt: Runtime, session_id: str) -> SessionRow:
+    """The session to go on with. Raises SessionNotFoundError where the CLI would not find its transcript."""
+    try:
+        session = await rt.store.session(session_id)
+    except SessionNotFoundError:
+        for run in await rt.store.runs(session_id=session_id, limit=1):
+            raise SessionNotFoundError(
+                f"session {session_id} never came to be: run {run.id} ended ({run.status}) before the CLI began"
+            ) from None
+        raise
+    if Path(session.home) != rt.home:
+        raise SessionNotFoundError(
+            f"session {session_id} is kept under another HOME: {session.home}; this runtime's is {rt.home}",
+            advice="Set claude.home to the HOME that keeps the session, or start a fresh one.",
+        )
+    return session
+
+
+def check_free(session: SessionRow) -> None:
+    """Raises SessionBusyError: a fork of a session in use would begin in the middle of a turn."""
+    if session.locked_by:
+        raise SessionBusyError(
+            f"session {session.id} is in use by run {session.locked_by}; it can be forked when that run has ended"
+        )
+
+
+def session_mode(task: Task) -> SessionMode:
+    """Raises ConfigError for a fork of nothing."""
+    if task.session is None:
+        if task.fork:
+            raise ConfigError("fork needs the id of the session to fork", advice="Name the session in `session`.")
+        return "fresh"
+    return "fork" if task.fork else "continue"
+
+
+async def _budget(rt: Runtime, task: Task, parent: Run | None, live_parent: LiveRun | None) -> Budget:
+    """What the run may spend. Raises LimitError if its parent has ended: nobody is left to take the answer."""
+    if parent is None:
+        return Budget(rt.config.limits.budget_usd if task.budget_usd is None else task.budget_usd)
+    if live_parent is not None:
+        return Budget(task.budget_usd, parent=live_parent.budget)
+    if parent.ended:
+        raise LimitError(f"run {parent.id} has ended ({parent.status}) and delegates no more")
+    # The parent works in another process. Its budget cannot be shared, but what is left of it now is known.
+    above = Budget(await rt.store.rest_of_budget(parent.id))
+    return Budget(rt.config.limits.budget_usd if task.budget_usd is None else task.budget_usd, parent=above)
+
+
+def _trace_id(task: Task, parent: Run | None) -> str:
+    if parent is not None:
+        return parent.trace_id
+    return task.parent_span.trace_id if task.parent_span else new_trace_id()
+
+
+def _cwd(project: Path, task: Task, parent: Run | None, source: SessionRow | None) -> Path:
+    base = Path(parent.cwd) if parent else project
+    if task.cwd is not None:
+        return (base / task.cwd).resolve()
+    return Path(source.cwd) if source is not None else base
+
+
+async def take_session(rt: Runtime, agent: Agent, row: Run) -> None:
+    assert row.session_id is not None
+    if row.session_mode == "continue":
+        await rt.store.hold_session(row.session_id, row.id)
+        return
+    now = now_us()
+    await rt.store.begin_session(
+        SessionRow(
+            id=row.session_id,
+            backend="claude",
+            agent=agent.id,
+            cwd=row.cwd,
+            home=str(rt.home),
+            parent_id=row.source_session_id,
+            locked_by=row.id,
+            created_us=now,
+            updated_us=now,
+        )
+    )
+
+
+async def withdraw(rt: Runtime, live: LiveRun) -> None:
+    """A run that was refused after its row was written never began: it leaves no row, and holds no session."""
+    row = live.row
+    try:
+        await rt.store.finish_run(row)
+        await rt.store.delete_run(row.id)
+        if row.session_mode != "continue" and row.session_id is not None:
+            await rt.store.forget_session(row.session_id)
+    finally:
+        rt.live.pop(row.id, None)
+        live.outcome = row.outcome()
+        live.ended.set()

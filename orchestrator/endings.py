@@ -1,0 +1,96 @@
+"""How a run ends: what it delegated first, then the record, then everyone who waits or watches."""
+
+import logging
+from collections.abc import Mapping
+from typing import Any
+
+from orchestrator.errors import OrchestratorError, RunCancelledError, RunTimeoutError
+from orchestrator.outcome import RunStatus
+from orchestrator.runtime import LiveRun, Runtime
+from orchestrator.store import Run, now_us
+
+log = logging.getLogger(__name__)
+
+_STATUS: Mapping[type[OrchestratorError], RunStatus] = {
+    RunCancelledError: "cancelled",
+    RunTimeoutError: "timed_out",
+}
+
+
+def ended_as(error: OrchestratorError | None) -> RunStatus:
+    """The status of a run that ended with the error; without one, of an answer."""
+    return "succeeded" if error is None else _STATUS.get(type(error), "failed")
+
+
+async def stop_children(rt: Runtime, live: LiveRun) -> None:
+    """End what a run that did not succeed has delegated, and wait for it.
+
+    Nobody is left to take the answers, and nobody said it may go on spending.
+    """
+    children = [run for run in rt.live.values() if run.parent is live]
+    for child in children:
+        child.stop(RunCancelledError(f"run {live.row.id}, which delegated this one, has ended"))
+    for child in children:
+        await child.ended.wait()
+
+
+async def conclude(rt: Runtime, live: LiveRun) -> None:
+    """Commit the end that is on the row, then tell everyone who waits or watches. Call it under a shield."""
+    row = live.row
+    row.ended_us = now_us()
+    rt.tokens.revoke(row.id)
+    try:
+        await rt.store.finish_run(row)
+        if row.session_mode in ("fresh", "fork") and not live.progress.initialised:
+            assert row.session_id is not None
+            await rt.store.forget_session(row.session_id)
+    except OrchestratorError:
+        # The disk is full or gone. Whoever waits must still be told; the next start marks the run interrupted.
+        log.exception("run %s: its end could not be stored", row.id)
+    finally:
+        live.outcome = row.outcome()
+        rt.live.pop(row.id, None)
+        live.ended.set()
+    rt.exporter.export(row)
+    rt.emit("run.ended", row.id, **summary(row))
+    log.info("run %s %s: %s in %s ms", row.id, row.status, row.name, row.duration_ms, extra={"run_id": row.id})
+
+
+def cost_of(live: LiveRun) -> tuple[float | None, Any]:
+    """What the run cost and how that is known. Part of it without a known price makes the whole unknown."""
+    progress = live.progress
+    if progress.cost_usd is None or (progress.estimated and progress.unpriced):
+        if not live.progress.initialised:
+            return 0.0, None  # no request was made
+        return None, None
+    return progress.cost_usd, "estimate" if progress.estimated else "cli"
+
+
+def summary(row: Run) -> dict[str, Any]:
+    """The facts of a run an event carries."""
+    return {
+        "status": row.status,
+        "kind": row.kind,
+        "name": row.name,
+        "step": row.step,
+        "parent_id": row.parent_id,
+        "root_id": row.root_id,
+        "model": row.model_used or row.model_requested,
+        "depth": row.depth,
+        "tokens": row.usage.total_tokens,
+        "cost_usd": row.cost_usd,
+        "duration_ms": row.duration_ms,
+        "error": row.error,
+    }
+
+
+def figures(live: LiveRun) -> dict[str, Any]:
+    """The state of a running turn an event carries."""
+    progress = live.progress
+    return {
+        "activity": progress.activity,
+        "model": progress.model or live.row.model_requested,
+        "tokens": progress.usage.total_tokens,
+        "cost_usd": progress.cost_usd,
+        "text_chars": len(progress.text),
+    }
