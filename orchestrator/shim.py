@@ -21,9 +21,7 @@ from typing import IO, Any, NamedTuple
 
 from orchestrator import __version__
 
-USAGE = (
-    "usage: orchestrator mcp [--config FILE] [--data-dir DIR]; MCP on stdin and stdout, for MCP clients to start"
-)
+USAGE = "usage: orchestrator mcp [--config FILE] [--data-dir DIR]; MCP on stdin and stdout, for MCP clients"
 
 START_SECONDS = 20.0
 HELLO_SECONDS = 5.0
@@ -66,10 +64,8 @@ def data_directory(argument: str | None, environ: Mapping[str, str], start: Path
 def _config_file(environ: Mapping[str, str], start: Path) -> Path | None:
     if named := environ.get("ORCHESTRATOR_CONFIG"):
         return Path(named).resolve()
-    for folder in (start, *start.parents):
-        if (folder / "orchestrator.yaml").is_file():
-            return folder / "orchestrator.yaml"
-    return None
+    files = (folder / "orchestrator.yaml" for folder in (start, *start.parents))
+    return next((file for file in files if file.is_file()), None)
 
 
 def _setting(name: str, environ: Mapping[str, str], base: Path, file: Path | None) -> str | None:
@@ -84,10 +80,7 @@ def _setting(name: str, environ: Mapping[str, str], base: Path, file: Path | Non
 
 
 def _assigned(file: Path, name: str) -> str:
-    """What follows ``name`` (a regular expression) in the last such line, without quotes and comment; else ``""``.
-
-    The line must not be indented.
-    """
+    """What follows ``name`` (a regular expression) in the last unindented line that has it, unquoted; or ``""``."""
     import re  # noqa: PLC0415  # only where there is a file to look into
 
     try:
@@ -100,15 +93,15 @@ def _assigned(file: Path, name: str) -> str:
 
 
 def _default_data_dir(environ: Mapping[str, str], file: Path | None) -> str:
-    shared = "~/Library/Application Support" if sys.platform == "darwin" else "~/.local/share"
-    if (xdg := environ.get("XDG_DATA_HOME", "")).startswith("/"):
-        shared = xdg
+    xdg = environ.get("XDG_DATA_HOME", "")
+    usual = "~/Library/Application Support" if sys.platform == "darwin" else "~/.local/share"
+    shared = f"{xdg if xdg.startswith('/') else usual}/orchestrator"
     if file is None:
-        return f"{shared}/orchestrator"
+        return shared
     from hashlib import sha256  # noqa: PLC0415  # 3 ms, and only where there is a file
 
     digest = sha256(os.fsencode(file)).hexdigest()
-    return f"{shared}/orchestrator/projects/{file.parent.name or 'root'}-{digest[:8]}"
+    return f"{shared}/projects/{file.parent.name or 'root'}-{digest[:8]}"
 
 
 # -- reaching it --------------------------------------------------------------------------------------------
@@ -402,9 +395,9 @@ def main(argv: list[str]) -> int:
 def _options(argv: list[str]) -> dict[str, str] | None:
     """``--name value`` and ``--name=value``, the last winning. None if anything else is there."""
     words = [part for word in argv for part in (word.split("=", 1) if word.startswith("--") else [word])]
-    options = dict(zip(words[::2], words[1::2], strict=False))
-    known = set(words[::2]) <= {"--config", "--data-dir"} and all(options.values())
-    return options if known and len(words) % 2 == 0 else None
+    if len(words) % 2 or not all(words) or not {"--config", "--data-dir"}.issuperset(words[::2]):
+        return None
+    return dict(zip(words[::2], words[1::2], strict=True))
 
 
 def _say(text: str) -> None:

@@ -1,9 +1,12 @@
 """The catalog: which agents there are, what is wrong with the others, and that edits arrive while it watches."""
 
+import ctypes
 import os
 import resource
 import shutil
-from collections.abc import AsyncIterator, Callable, Iterator
+import subprocess
+import sys
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
 from contextlib import AsyncExitStack, asynccontextmanager, contextmanager
 from functools import partial
 from pathlib import Path
@@ -340,6 +343,103 @@ async def test_where_nothing_can_be_watched_folders_are_looked_at_instead(
         assert caplog.text.count("cannot be watched") == 1
         write(tmp_path / "worker.md")
         await changes.until(lambda change: change.added == ("worker",))
+
+
+async def closed_while_watching(base: Path) -> None:
+    folder = base / "outer" / "agents"
+    write(folder / "worker.md", body="One.")
+    (folder / "linked.md").symlink_to(write(base / "linked.md"))
+    catalog = loaded(project(folder))
+    async with watching(catalog) as changes:
+        folder.parent.chmod(0)
+        closed = await changes.until(lambda change: bool(change.problems))
+        assert {problem.kind for problem in closed.problems} == {"broken"}
+        assert closed.problems[0].path == folder
+        assert closed.problems[0].reason == "cannot be listed: Permission denied"
+        assert (catalog.get("worker").system_prompt, len(catalog.agents())) == ("One.", 2)
+        await anyio.sleep(0.5)  # it must live through several looks at the closed folder
+
+        folder.parent.chmod(0o755)
+        await changes.until(lambda change: change.problems == ())
+        write(folder / "worker.md", body="Two.")
+        await changes.until(lambda change: change.changed == ("worker",))
+        write(base / "linked.md", body="Two.")
+        await changes.until(lambda change: change.changed == ("linked",))
+
+
+async def closed_from_the_start(base: Path) -> None:
+    folder = base / "outer" / "agents"
+    write(folder / "worker.md")
+    folder.parent.chmod(0)
+    catalog = loaded(project(folder))
+    assert [(problem.kind, problem.path) for problem in catalog.problems()] == [("broken", folder)]
+    async with watching(catalog) as changes:
+        folder.parent.chmod(0o755)
+        opened = await changes.until(lambda change: change.added == ("worker",))
+        assert opened.problems == ()
+        write(folder / "writer.md")
+        await changes.until(lambda change: change.added == ("writer",))
+
+
+async def names_without_files(base: Path) -> None:
+    """A folder that may be listed and not searched: what is in it can be named and not read."""
+    folder = base / "agents"
+    write(folder / "worker.md")
+    (folder / "linked.md").symlink_to(write(base / "linked.md"))
+    catalog = loaded(project(folder))
+    async with watching(catalog) as changes:
+        folder.chmod(0o444)
+        closed = await changes.until(lambda change: len(change.problems) == 2)
+        assert {(problem.agent, problem.kept) for problem in closed.problems} == {
+            ("worker", True),
+            ("linked", True),
+        }
+        assert "cannot be read: Permission denied" in closed.problems[0].reason
+        folder.chmod(0o755)
+        await changes.until(lambda change: change.problems == ())
+
+
+async def closed_and_validated(base: Path) -> None:
+    folder = base / "outer" / "agents"
+    write(folder / "worker.md")
+    folder.parent.chmod(0)
+    [report] = validate_tree(folder)
+    assert report.status == "refused"
+    assert "Permission denied" in (report.reason or "")
+
+
+def as_nobody_special() -> None:
+    """Give up root's privilege of going where it likes. For an ordinary user it changes nothing."""
+    # capset(2), version 3, of this thread and those it starts: no capability at all.
+    number = {"x86_64": 126, "aarch64": 91}[os.uname().machine]
+    ctypes.CDLL(None).syscall(number, (ctypes.c_uint32 * 2)(0x20080522, 0), (ctypes.c_uint32 * 6)())
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="root's privileges are given up in Linux's way")
+@pytest.mark.parametrize(
+    "scenario", [closed_while_watching, closed_from_the_start, names_without_files, closed_and_validated]
+)
+def test_folders_that_may_not_be_searched(tmp_path: Path, scenario: Callable[[Path], Awaitable[None]]) -> None:
+    code = (
+        "import sys, anyio; from pathlib import Path; from tests import test_agents;"
+        "test_agents.as_nobody_special();"
+        f"anyio.run(test_agents.{scenario.__name__}, Path(sys.argv[1]))"
+    )
+    try:
+        done = subprocess.run(
+            [sys.executable, "-c", code, tmp_path],
+            cwd=Path(__file__).parent.parent,
+            env={"PATH": os.defpath},
+            capture_output=True,
+            text=True,
+            timeout=30,
+            check=False,
+        )
+    finally:
+        for folder in ("outer", "agents"):
+            if (tmp_path / folder).exists():
+                (tmp_path / folder).chmod(0o755)
+    assert done.returncode == 0, done.stderr
 
 
 async def test_a_catalog_can_be_watched_without_a_listener(tmp_path: Path) -> None:

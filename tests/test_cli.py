@@ -278,6 +278,41 @@ def test_a_failed_plan_exits_with_1_and_says_why(shell: Shell) -> None:
     assert "✗ failed" in done.stdout
 
 
+def test_steps_that_never_ran_are_shown(shell: Shell) -> None:
+    two = PLAN.format(agent="helper") + "  - {id: two, agent: helper, prompt: more, depends_on: [one]}\n"
+    plan = shell.scenario(two, "version: 1\nrules: [{fault: {status: 403, message: no}}]\n")
+    done = shell.run("run", str(plan), "--offline", code=1)
+    assert "two   – skipped" in done.stdout
+    [run] = [run for run in shell.json("runs", "list") if run["kind"] == "plan"]
+    assert run["options"]["steps"] == {"one": "failed", "two": "skipped"}
+
+
+@pytest.mark.parametrize("option", [("--budget-usd", "-1"), ("--timeout-s", "0"), ("--schema", ".")])
+def test_wrong_options_are_wrong_use(shell: Shell, option: tuple[str, str]) -> None:
+    done = shell.run("delegate", "helper", "hi", *option, code=2)
+    assert "Traceback" not in done.stderr
+
+
+def test_a_plans_figures_are_the_sums_of_its_runs(demo: tuple[Shell, Any]) -> None:
+    shell, done = demo
+    plan, *runs = shell.json("trace", "show", _run_id(done))
+    for figure in ("input_tokens", "output_tokens", "cache_read_tokens", "num_turns"):
+        assert plan[figure] == sum(run[figure] for run in runs) > 0
+
+
+def test_a_second_ctrl_c_leaves_at_once_and_still_writes_the_end(shell: Shell) -> None:
+    scenario = "version: 1\nrules: [{reply: {tool: Bash, input: {command: sleep 300, description: long}}}]\n"
+    plan = shell.scenario(PLAN.format(agent="worker"), scenario)
+    with shell.start("run", str(plan), "--offline", "--json") as process:
+        _read_until(process, "sleep 300")
+        process.send_signal(signal.SIGINT)
+        process.send_signal(signal.SIGINT)
+        _, err = process.communicate(timeout=20)
+        assert process.returncode == 3, err
+    assert "Traceback" not in err
+    assert {run["status"] for run in shell.json("runs", "list")} == {"cancelled"}
+
+
 def test_a_plan_over_budget_exits_with_4(shell: Shell) -> None:
     scenario = (
         "version: 1\nrules:\n"

@@ -295,7 +295,10 @@ async def test_the_line_door_answers_what_is_not_a_message(dial: Any) -> None:
 
 CANCELLED = '{"jsonrpc":"2.0","method":"notifications/cancelled","params":%s}'
 REQUEST = '{"jsonrpc":"2.0","id":1,"method":"tools/call","params":%s}'
-MODERN = '"_meta":{"io.modelcontextprotocol/protocolVersion":"2026-07-28","io.modelcontextprotocol/clientCapabilities":{}%s}'
+MODERN = (
+    '"_meta":{"io.modelcontextprotocol/protocolVersion":"2026-07-28",'
+    '"io.modelcontextprotocol/clientCapabilities":{}%s}'
+)
 
 HELLOS = [
     rb'{"token":"\ud800"}',
@@ -519,6 +522,75 @@ async def test_a_request_cancelled_by_another_spelling_of_its_id_is_not_waited_f
     unanswered.went(others, JSONRPCResponse(jsonrpc="2.0", id="1", result={}))
     with anyio.fail_after(1):
         await unanswered.none()
+
+
+# -- hostile HTTP -------------------------------------------------------------------------------------------
+
+HEADERS: list[tuple[int, dict[str, bytes]]] = [
+    (401, {"authorization": b"Bearer \xff\xfe"}),
+    (401, {"authorization": b"Bearer \xed\xa0\x80"}),
+    (401, {"authorization": b"Bearer " + b"x" * 50_000}),
+    (401, {"authorization": b""}),
+    (400, {"authorization": b"Bearer a\0b"}),
+    (421, {"host": b"\xff"}),
+    (403, {"origin": b"\xff\xfe"}),
+    (400, {"mcp-protocol-version": b"\xff"}),
+    (400, {"mcp-method": b"\xff"}),
+    (404, {"mcp-session-id": b"\xff\xfe", "mcp-protocol-version": b"2025-06-18"}),
+    (400, {"content-type": b"\xff"}),
+    (406, {"accept": b"\xff;q=\xff"}),
+    (400, {"content-length": b"-5"}),
+    (400, {"content-length": b"9" * 30}),
+    (413, {"content-length": b"99999999999"}),
+    (200, {"traceparent": b"\xff-\xfe"}),
+    (200, {"traceparent": b"00-" + b"1" * 32 + b"-" + b"2" * 16 + b"-01-" + b"x" * 30_000}),
+    (200, {"traceparent": b"00-" + b"1" * 32 + b"-" + b"2" * 16 + b"-01", "tracestate": b"\xff=\xff,,=" * 99}),
+    (200, {"baggage": b"%%%=\xff"}),
+]
+
+
+async def status_of(url: str, headers: dict[str, bytes], body: bytes) -> int:
+    """The status of the answer to a POST with exactly these headers."""
+    host, _, path = url.removeprefix("http://").partition("/")
+    lines = [b"POST /%s HTTP/1.1" % path.encode()]
+    everything = {"host": host.encode(), "connection": b"close", "content-length": b"%d" % len(body), **headers}
+    lines += [name.encode() + b": " + value for name, value in everything.items()]
+    name, _, port = host.partition(":")
+    async with await anyio.connect_tcp(name, int(port)) as stream:
+        with anyio.fail_after(10):
+            await stream.send(b"\r\n".join(lines) + b"\r\n\r\n" + body)
+            return int((await stream.receive()).split()[1])
+
+
+async def test_no_headers_end_the_http_door(url: str) -> None:
+    body = (REQUEST % ('{"name":"list_agents","arguments":{},%s}' % (MODERN % ""))).encode()
+    good = {
+        "authorization": f"Bearer {TOKEN}".encode(),
+        "accept": b"application/json, text/event-stream",
+        "content-type": b"application/json",
+        "mcp-protocol-version": b"2026-07-28",
+        "mcp-method": b"tools/call",
+        "mcp-name": b"list_agents",
+    }
+    assert await status_of(url, good, body) == 200
+    for status, headers in HEADERS:
+        assert await status_of(url, {**good, **headers}, body) == status, headers
+
+
+async def test_no_body_ends_the_http_door(url: str) -> None:
+    headers = {"authorization": f"Bearer {TOKEN}", "accept": "application/json, text/event-stream"}
+    hello = {"protocolVersion": "2025-06-18", "capabilities": {}, "clientInfo": {"name": "n", "version": "1"}}
+    async with httpx2.AsyncClient(headers=headers, timeout=10) as http:
+
+        async def say(body: bytes, **more: str) -> httpx2.Response:
+            return await http.post(url, content=body, headers={"content-type": "application/json", **more})
+
+        begun = await say(json.dumps({"jsonrpc": "2.0", "id": 0, "method": "initialize", "params": hello}).encode())
+        session = {"mcp-session-id": begun.headers["mcp-session-id"]}
+        for body in SAID:
+            assert (await say(body, **session)).status_code < 500, body
+    async with connected(url, TOKEN) as client:
+        assert len((await client.list_tools()).tools) == 6
 
 
 # -- serve --------------------------------------------------------------------------------------------------
