@@ -72,15 +72,29 @@ class Agents(TypedDict):
     problems: list[str]
 
 
-def answer(outcome: Outcome) -> str:
-    """The agent's answer as it gave it, then one line of facts."""
+def answer(outcome: Outcome, tree: Sequence[Run] = ()) -> str:
+    """All the agent has said, as it said it, then one line of facts."""
     said = compact(outcome.structured) if outcome.has_structured else outcome.text
-    return f"{said}\n{facts(outcome)}"
+    return "\n".join([said, facts(outcome, tree)] if said else [facts(outcome, tree)])
 
 
-def facts(outcome: Outcome) -> str:
-    """``[run_id=… status=… session=… cost=… tokens=… 4.2s]``"""
-    cost = "unknown" if outcome.cost_usd is None else f"${outcome.cost_usd:.4f}"
+def report(outcome: Outcome, tree: Sequence[Run] = ()) -> str:
+    """``answer``, and for a run that did not succeed one more line: its error as JSON."""
+    if outcome.ok:
+        return answer(outcome, tree)
+    error = outcome.error or {}
+    return f"{answer(outcome, tree)}\n{_details(error, {'message': _reason(error)})}"
+
+
+def facts(outcome: Outcome, tree: Sequence[Run] = ()) -> str:
+    """``[run_id=… status=… session=… cost=… tokens=… 4.2s]``
+
+    ``tree`` is the run and all below it, from the store: what an agent has started is not in its own cost.
+    """
+    cost = _dollars(outcome.cost_usd)
+    if len(tree) > 1 and tree[0].kind == "agent":
+        costs = [outcome.cost_usd, *(run.cost_usd for run in tree[1:])]
+        cost += f" (with what it started: {_dollars(_total(costs))})"
     parts = [f"run_id={outcome.run_id}", f"status={outcome.status}"]
     if outcome.session_id:
         parts.append(f"session={outcome.session_id}")
@@ -90,35 +104,53 @@ def facts(outcome: Outcome) -> str:
     return f"[{' '.join(parts)}]"
 
 
+def _dollars(cost: float | None) -> str:
+    return "unknown" if cost is None else f"${cost:.4f}"
+
+
+def _total(costs: Sequence[float | None]) -> float | None:
+    """The sum, unknown if a part is."""
+    known = [cost for cost in costs if cost is not None]
+    return sum(known) if len(known) == len(costs) else None
+
+
 def pending(run: Run, doing: str, seconds: float) -> str:
     """A run that is not done yet is no error: what it does, and how to go on waiting."""
-    call = f"run_wait({compact([run.id])})"
-    return f"run_id={run.id} still running ({doing}, {seconds:.0f} s); call {call}"
+    return f"run_id={run.id} still running ({doing}, {seconds:.0f} s); {_wait_for(run.id)}"
 
 
 def failure(name: str, outcome: Outcome) -> str:
-    """A run that did not succeed: one sentence for people, one line of JSON to decide from."""
-    error = outcome.error or {}
-    more = {
-        "run_id": outcome.run_id,
-        "session_id": outcome.session_id,
-        "partial_text": cut(outcome.text, PARTIAL_CHARS),
-    }
-    status = outcome.status.replace("_", " ")
-    return _told(f"{name} {status}: {error.get('message', 'no reason was recorded')}", error, more)
+    """A run that did not succeed: one sentence for people, one line of JSON to decide from.
+
+    Clients cut the text of errors, so of what the agent had said there is the end, and how to have the whole.
+    """
+    error, said = outcome.error or {}, outcome.text
+    more: dict[str, Any] = {"run_id": outcome.run_id, "session_id": outcome.session_id, "partial_text": said}
+    if len(said) > PARTIAL_CHARS:
+        more["partial_text"] = said[-PARTIAL_CHARS:]
+        more |= {"partial_text_chars": len(said), "whole_text": _wait_for(outcome.run_id)}
+    return f"{name} {outcome.status.replace('_', ' ')}: {_reason(error)}\n{_details(error, more)}"
 
 
 def refusal(error: OrchestratorError) -> str:
     """An error that is not about a run's end, in the same form."""
-    return _told(error.message, error.to_dict(), {})
+    return f"{error.message}\n{_details(error.to_dict(), {})}"
 
 
-def _told(sentence: str, error: dict[str, Any], more: dict[str, Any]) -> str:
+def _wait_for(run_id: str) -> str:
+    return f"call run_wait({compact([run_id])})"
+
+
+def _reason(error: dict[str, Any]) -> str:
+    return str(error.get("message", "no reason was recorded"))
+
+
+def _details(error: dict[str, Any], more: dict[str, Any]) -> str:
+    """What can be decided from, in one line of JSON."""
     details = {key: _cut_value(value) for key, value in error.get("details", {}).items()}
-    facts = {name: error.get(name) for name in ("code", "retryable", "retry_after", "advice")}
-    facts["advice"] = _ADVICE.get(error.get("code", ""), facts["advice"])
-    known = {name: value for name, value in (facts | details | more).items() if value not in (None, "")}
-    return f"{sentence}\n{compact(known)}"
+    main = {name: error.get(name) for name in ("code", "retryable", "retry_after", "advice")}
+    main["advice"] = _ADVICE.get(error.get("code", ""), main["advice"])
+    return compact({name: value for name, value in (main | details | more).items() if value not in (None, "")})
 
 
 def _cut_value(value: Any) -> Any:

@@ -2,7 +2,7 @@
 
 import logging
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Annotated, Any
 
@@ -42,6 +42,10 @@ way from the same point and leaves the session as it is.
 An error ends with a line of JSON: code, retryable, retry_after (seconds), advice. Do not repeat a call whose \
 error is not retryable without changing it."""
 
+#: How long a call of an agent waits unless told otherwise, in seconds; ``server.mcp_wait_s`` is for people, whose
+#: client puts a long call aside. Progress keeps an agent's call alive, while asking again would cost it a turn with
+#: all its context. Half an hour of silence ends a call in Claude Code: this stays below even if progress is lost.
+AGENT_WAIT_SECONDS = 25 * 60.0
 #: How long run_cancel waits for the run to be over, in seconds: the agent gets a moment to say what it cost.
 CANCEL_SECONDS = 5.0
 LONGEST_WAIT_SECONDS = 24 * 3600
@@ -114,7 +118,7 @@ class Tools:
 
         Returns the answer and a line with run_id, status, session and cost; or, when the wait is over first,
         the run_id of the run, which goes on: call run_wait. A failed run is an error that says whether trying
-        again can help and what the agent had said.
+        again can help and how what the agent had said ends.
         """
         with _told_to_the_model():
             caller = await caller_of(self._rt, ctx)
@@ -130,7 +134,9 @@ class Tools:
                 **_origin(caller),
             )
             run_id = await submit(self._rt, task)
-            return await self._answer(ctx, run_id, wait_s, cancel_on_disconnect=cancel_on_disconnect)
+            return await self._answer(
+                ctx, run_id, self._patience(caller, wait_s), cancel_on_disconnect=cancel_on_disconnect
+            )
 
     async def run_wait(
         self,
@@ -140,12 +146,16 @@ class Tools:
     ) -> str:
         """Wait until runs have ended, and return what each has answered, or that it is still running.
 
-        Waiting changes nothing: it may be repeated, and interrupted.
+        Of a failed run: all its agent had said, the facts, and the error. Waiting changes nothing: it may be
+        repeated, and interrupted.
         """
         with _told_to_the_model():
             caller = await caller_of(self._rt, ctx)
             ids = [(await visible(self._rt, caller, run_id)).id for run_id in dict.fromkeys(run_ids)]
-            return await self._report(ctx, ids, timeout_s)
+            outcomes = await wait_all(self._rt, ids, self._patience(caller, timeout_s), ctx.report_progress)
+            runs = [await self._rt.store.run(run_id) for run_id in ids]
+            told = [(run, await self._told(run, outcomes.get(run.id))) for run in runs]
+            return told[0][1] if len(told) == 1 else results.several(told)
 
     async def run_cancel(
         self,
@@ -156,10 +166,10 @@ class Tools:
         with _told_to_the_model():
             run = await visible(self._rt, await caller_of(self._rt, ctx), run_id)
             if run.ended:
-                return f"the run had ended before: {run.status}\n{results.facts(run.outcome())}"
+                return f"the run had ended before: {run.status}\n{await self._said(run.outcome())}"
             await cancel(self._rt, run.id)
             with anyio.move_on_after(CANCEL_SECONDS):
-                return results.answer(await wait(self._rt, run.id))
+                return await self._said(await wait(self._rt, run.id))
             return f"run_id={run.id} was asked to stop and is still winding down"
 
     async def fork_session(
@@ -176,7 +186,7 @@ class Tools:
             caller = await caller_of(self._rt, ctx)
             session = await self._rt.store.session(session_id)
             task = Task(agent=session.agent, prompt=prompt, session=session_id, fork=True, **_origin(caller))
-            return await self._answer(ctx, await submit(self._rt, task), None)
+            return await self._answer(ctx, await submit(self._rt, task), self._patience(caller, None))
 
     async def query_traces(
         self,
@@ -237,11 +247,22 @@ class Tools:
 
     # -- what they share ----------------------------------------------------------------------------------
 
+    def _patience(self, caller: Caller, seconds: float | None) -> float:
+        """How long to wait, in seconds."""
+        if seconds is not None:
+            return seconds
+        return AGENT_WAIT_SECONDS if caller.run is not None else self._rt.config.server.mcp_wait_s
+
     async def _answer(
-        self, ctx: Context, run_id: str, wait_s: float | None, *, cancel_on_disconnect: bool = False
+        self, ctx: Context, run_id: str, seconds: float, *, cancel_on_disconnect: bool = False
     ) -> str:
+        """Wait for a run just started, and say what there is to say. Raises ToolError if it failed."""
         try:
-            return await self._report(ctx, [run_id], wait_s)
+            outcomes = await wait_all(self._rt, [run_id], seconds, ctx.report_progress)
+            run, outcome = await self._rt.store.run(run_id), outcomes.get(run_id)
+            if outcome is not None and not outcome.ok:
+                raise ToolError(results.failure(run.name, outcome))
+            return await self._told(run, outcome)
         except anyio.get_cancelled_exc_class():
             # Esc, a time-out of the client, a closed connection: they cannot be told apart here.
             if cancel_on_disconnect:
@@ -249,22 +270,14 @@ class Tools:
                     await cancel(self._rt, run_id)
             raise
 
-    async def _report(self, ctx: Context, run_ids: Sequence[str], seconds: float | None) -> str:
-        """Wait, then say what there is to say. Raises ToolError if none of the runs can still give an answer."""
-        patience = self._rt.config.server.mcp_wait_s if seconds is None else seconds
-        outcomes = await wait_all(self._rt, run_ids, patience, ctx.report_progress)
-        runs = [await self._rt.store.run(run_id) for run_id in run_ids]
-        told = [(run, self._text(run, outcomes.get(run.id))) for run in runs]
-        text = told[0][1] if len(told) == 1 else results.several(told)
-        if all(run.id in outcomes and not outcomes[run.id].ok for run in runs):
-            raise ToolError(text)
-        return text
-
-    def _text(self, run: Run, outcome: Outcome | None) -> str:
+    async def _told(self, run: Run, outcome: Outcome | None) -> str:
         if outcome is None:
             seconds = (now_us() - (run.started_us or run.created_us)) / 1e6
             return results.pending(run, activity(self._rt, [run.id]), seconds)
-        return results.answer(outcome) if outcome.ok else results.failure(run.name, outcome)
+        return results.report(outcome, await self._rt.store.tree(run.id))
+
+    async def _said(self, outcome: Outcome) -> str:
+        return results.answer(outcome, await self._rt.store.tree(outcome.run_id))
 
     async def _page(
         self, cursor: str | None, limit: int, until_us: int | None, **filters: Any

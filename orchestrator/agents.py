@@ -7,6 +7,7 @@ trouble is listed until it is mended. A restart in the middle of an edit is the 
 import difflib
 import logging
 import os
+import stat
 from collections.abc import AsyncGenerator, Callable, Iterable, Sequence
 from contextlib import aclosing
 from dataclasses import dataclass, replace
@@ -105,7 +106,7 @@ class FileReport(BaseModel):
 
 def validate_tree(root: Path) -> list[FileReport]:
     """Try every markdown file under ``root``, or the one file that ``root`` is. Never raises for what it finds."""
-    if not root.is_dir():
+    if not _is_folder(root):
         return [_report(root)]
     paths, errors = _markdown_files(root)
     unlisted = [
@@ -144,13 +145,31 @@ def _markdown_files(root: Path) -> tuple[list[Path], list[OSError]]:
     return paths, errors
 
 
-def _identity(path: Path) -> tuple[int, int] | None:
-    """Which folder the path leads to at present, or None."""
+def _status(path: Path, *, follow_symlinks: bool = True) -> os.stat_result | None:
+    """What is at the path, or None: nothing, or nothing that we may know of.
+
+    ``Path.is_dir`` and its like raise PermissionError where a folder above may not be searched.
+    """
     try:
-        status = path.stat()
+        return path.stat(follow_symlinks=follow_symlinks)
     except OSError:
         return None
-    return status.st_dev, status.st_ino
+
+
+def _is_folder(path: Path) -> bool:
+    status = _status(path)
+    return status is not None and stat.S_ISDIR(status.st_mode)
+
+
+def _is_link(path: Path) -> bool:
+    status = _status(path, follow_symlinks=False)
+    return status is not None and stat.S_ISLNK(status.st_mode)
+
+
+def _identity(path: Path) -> tuple[int, int] | None:
+    """Which folder the path leads to at present, or None."""
+    status = _status(path)
+    return None if status is None else (status.st_dev, status.st_ino)
 
 
 def _place(error: OSError, root: Path) -> Path:
@@ -274,15 +293,15 @@ class Catalog:
             async with aclosing(self._ticks()) as ticks:
                 async for touched in ticks:
                     now = self._surroundings()
-                    if first or touched or now != surroundings or self._is_blocked():
+                    if first or touched or now != surroundings or self._blocked():
                         self._reload(touched, on_change)
                     if now != surroundings:
                         break
                     first = False
 
-    def _is_blocked(self) -> bool:
-        """Whether something could not even be read, which may end without a change to any file."""
-        return any(problem.kind == "broken" and problem.line is None for problem in self._problems)
+    def _blocked(self) -> list[Path]:
+        """What could not even be read, which may end without a change to any file."""
+        return [problem.path for problem in self._problems if problem.kind == "broken" and problem.line is None]
 
     def _reload(self, touched: frozenset[str], on_change: Callable[[CatalogChange], None] | None) -> None:
         agents, problems = self._agents, self._problems
@@ -292,7 +311,7 @@ class Catalog:
 
     async def _ticks(self) -> AsyncGenerator[frozenset[str], None]:
         """Names of the files touched since the last tick, every 200 ms or sooner, for as long as that works."""
-        folders = [root.path for root in self._roots if root.path.is_dir()]
+        folders = [root.path for root in self._roots if _is_folder(root.path)]
         try:
             if folders:
                 changes = awatch(
@@ -314,9 +333,9 @@ class Catalog:
         yield frozenset()
 
     def _surroundings(self) -> list[object]:
-        """What a watch does not see: which folders the roots are, and files that links lead to elsewhere."""
-        linked = [_stamp(file.path) for file in self._files.values() if file.path.is_symlink()]
-        return [*(_identity(root.path) for root in self._roots), *linked]
+        """What a watch does not see: which folders the roots are, files behind links, and what is closed to us."""
+        linked = [_stamp(file.path) for file in self._files.values() if _is_link(file.path)]
+        return [*(_identity(root.path) for root in self._roots), *linked, *self._blocked()]
 
 
 def _unlisted(error: OSError, root: Root) -> AgentProblem:
@@ -329,11 +348,8 @@ def _is_meant(path: Path) -> bool:
 
 
 def _stamp(path: Path) -> tuple[int, int, int] | None:
-    try:
-        status = path.stat()
-    except OSError:
-        return None
-    return status.st_mtime_ns, status.st_size, status.st_ino
+    status = _status(path)
+    return None if status is None else (status.st_mtime_ns, status.st_size, status.st_ino)
 
 
 def _refresh(known: _File, *, again: bool) -> _File:

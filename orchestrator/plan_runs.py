@@ -5,8 +5,7 @@ job id, so that asking for the same step again attaches to the run that exists i
 """
 
 import logging
-import shutil
-import subprocess
+import math
 import time
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -19,18 +18,18 @@ from orchestrator.endings import conclude, ended_as, stop_children, summary
 from orchestrator.errors import (
     BudgetExceededError,
     OrchestratorError,
-    PlanError,
     RunCancelledError,
     RunInterruptedError,
+    RunTimeoutError,
 )
 from orchestrator.limits import Budget
 from orchestrator.outcome import Outcome, Usage
 from orchestrator.plans import Plan, PlanState, StepChange, StepJob, drive
-from orchestrator.plans.template import template
 from orchestrator.runtime import LiveRun, Runtime
 from orchestrator.store import Run, now_us
 from orchestrator.task import Task
 from orchestrator.tracing import SpanContext, new_run_id, new_trace_id
+from orchestrator.workspaces import WorkspaceCopy, make_copy, workspace_copy
 
 log = logging.getLogger(__name__)
 
@@ -61,14 +60,14 @@ async def submit_plan(
     """Record the plan, start it in the runtime, and return its run id.
 
     ``base`` is the directory that relative paths in inputs and in steps' ``cwd`` start from (default: the
-    project directory). Raises PlanError for wrong inputs, StoreError.
+    project directory). Raises PlanError for wrong inputs and for a workspace of no directory, StoreError.
     """
     if rt.closing:
         raise RunCancelledError("the orchestrator is shutting down", retryable=True)
     base = (base or rt.config.project_dir).resolve()
     bound = plan.bind(inputs, base=base)
     run_id = new_run_id()
-    cwd = await open_workspace(rt, plan, bound, run_id) if plan.workspace else base
+    copy = workspace_copy(plan, bound, run_id, rt.config.data_path)
     budget = Budget(plan.limits.budget_usd if plan.limits.budget_usd is not None else rt.config.limits.budget_usd)
     row = Run(
         id=run_id,
@@ -81,7 +80,7 @@ async def submit_plan(
         options={"inputs": bound, "plan": str(plan.path), "digest": plan.digest},
         source=plan.source,
         project=str(rt.config.project_dir),
-        cwd=str(cwd),
+        cwd=str(copy.target if copy else base),
         caller=caller,
         budget_usd=budget.limit,
         created_us=now_us(),
@@ -94,48 +93,12 @@ async def submit_plan(
     except BaseException:
         rt.live.pop(run_id, None)
         raise
-    rt.task_group.start_soon(_execute, rt, live, PlanState(plan, bound, run_id))
+    rt.task_group.start_soon(_execute, rt, live, PlanState(plan, bound, run_id), copy)
     rt.emit("run.created", run_id, **summary(row))
     return run_id
 
 
-async def open_workspace(rt: Runtime, plan: Plan, inputs: Mapping[str, Any], run_id: str) -> Path:
-    """A fresh copy of the directory the plan works on; a copy without history becomes a git repository.
-
-    Raises PlanError if there is no such directory.
-    """
-    assert plan.workspace is not None
-    target = rt.config.data_path / "workspaces" / run_id
-    written = template(plan.workspace.copy_).render({"inputs": inputs, "run": {"id": run_id}, "steps": {}})
-    source = (plan.path.parent / written).resolve()
-    if not source.is_dir():
-        raise PlanError(f"workspace.copy: there is no directory {source}", advice="Name one, or give the input.")
-    await anyio.to_thread.run_sync(copy_tree, source, target)
-    if not (target / ".git").exists():
-        # Variables like GIT_DIR, set inside git hooks, would send these commands to another repository.
-        env = {name: value for name, value in rt.environ.items() if not name.startswith("GIT_")}
-        await _commit_all(target, f"Copy of {source.name}", env)
-    return target
-
-
-def copy_tree(source: Path, target: Path) -> None:
-    """A whole tree; links stay links."""
-    target.parent.mkdir(parents=True, exist_ok=True, mode=0o700)
-    shutil.copytree(source, target, symlinks=True)
-
-
-async def _commit_all(folder: Path, message: str, env: Mapping[str, str]) -> None:
-    """Make the folder a git repository, so that what agents change can be seen. Without git it stays a folder."""
-    identity = ("-c", "user.name=orchestrator", "-c", "user.email=orchestrator@localhost")
-    for command in (("init", "--quiet"), ("add", "--all"), (*identity, "commit", "--quiet", "-m", message)):
-        try:
-            await anyio.run_process(["git", *command], cwd=folder, env=env)
-        except (OSError, subprocess.CalledProcessError) as error:
-            log.warning("the workspace %s is not a git repository: %s", folder, error)
-            return
-
-
-async def _execute(rt: Runtime, live: LiveRun, state: PlanState) -> None:
+async def _execute(rt: Runtime, live: LiveRun, state: PlanState, copy: WorkspaceCopy | None) -> None:
     error: OrchestratorError | None = RunInterruptedError("the run was torn down")
     row = live.row
     try:
@@ -143,6 +106,8 @@ async def _execute(rt: Runtime, live: LiveRun, state: PlanState) -> None:
             row.status, row.started_us = "running", now_us()
             await rt.store.update_run(row.id, status="running", started_us=row.started_us)
             rt.emit("run.started", row.id, **summary(row))
+            if copy is not None:
+                await _open_workspace(rt, live, state, copy)
             await drive(state, _step_runner(rt, live), on_change=lambda change: _tell(rt, row.id, change))
         error = live.stop_error if live.scope.cancelled_caught else None
     except OrchestratorError as problem:
@@ -153,6 +118,23 @@ async def _execute(rt: Runtime, live: LiveRun, state: PlanState) -> None:
     finally:
         with anyio.CancelScope(shield=True):
             await _end(rt, live, state, error)
+
+
+async def _open_workspace(rt: Runtime, live: LiveRun, state: PlanState, copy: WorkspaceCopy) -> None:
+    """Make the copy the steps work in. If that fails, is cancelled or takes too long, no step starts."""
+    limit = state.plan.limits.timeout
+    try:
+        with anyio.move_on_after(math.inf if limit is None else limit) as wall:
+            await make_copy(copy, rt.environ)
+        if wall.cancelled_caught:
+            raise RunTimeoutError(
+                f"copying {copy.source} took longer than the plan's {limit:g} s", details={"kind": "wall"}
+            )
+    except BaseException:
+        state.cancel("the plan has no workspace")
+        for change in state.take_changes():
+            _tell(rt, live.row.id, change)
+        raise
 
 
 def _step_runner(rt: Runtime, live: LiveRun) -> Any:

@@ -349,15 +349,18 @@ async def closed_while_watching(base: Path) -> None:
     folder = base / "outer" / "agents"
     write(folder / "worker.md", body="One.")
     (folder / "linked.md").symlink_to(write(base / "linked.md"))
-    catalog = loaded(project(folder))
+    write(base / "user" / "other.md")
+    catalog = loaded(project(folder), Root(base / "user", "user"))
     async with watching(catalog) as changes:
         folder.parent.chmod(0)
         closed = await changes.until(lambda change: bool(change.problems))
         assert {problem.kind for problem in closed.problems} == {"broken"}
         assert closed.problems[0].path == folder
         assert closed.problems[0].reason == "cannot be listed: Permission denied"
-        assert (catalog.get("worker").system_prompt, len(catalog.agents())) == ("One.", 2)
-        await anyio.sleep(0.5)  # it must live through several looks at the closed folder
+        assert (catalog.get("worker").system_prompt, len(catalog.agents())) == ("One.", 3)
+        write(base / "user" / "other.md", body="Two.")
+        await changes.until(lambda change: change.changed == ("other",))
+        assert catalog.get("worker")
 
         folder.parent.chmod(0o755)
         await changes.until(lambda change: change.problems == ())
@@ -379,6 +382,20 @@ async def closed_from_the_start(base: Path) -> None:
         assert opened.problems == ()
         write(folder / "writer.md")
         await changes.until(lambda change: change.added == ("writer",))
+
+
+async def closed_itself(base: Path) -> None:
+    """A watch that began at a closed folder sees nothing of it later: another one has to begin."""
+    folder = base / "agents"
+    write(folder / "worker.md")
+    write(folder / "team" / "writer.md", body="One.")
+    (folder / "team").chmod(0)
+    catalog = loaded(project(folder))
+    async with watching(catalog) as changes:
+        (folder / "team").chmod(0o755)
+        await changes.until(lambda change: change.added == ("writer",))
+        write(folder / "team" / "writer.md", body="Two.")
+        await changes.until(lambda change: change.changed == ("writer",))
 
 
 async def names_without_files(base: Path) -> None:
@@ -417,7 +434,8 @@ def as_nobody_special() -> None:
 
 @pytest.mark.skipif(sys.platform != "linux", reason="root's privileges are given up in Linux's way")
 @pytest.mark.parametrize(
-    "scenario", [closed_while_watching, closed_from_the_start, names_without_files, closed_and_validated]
+    "scenario",
+    [closed_while_watching, closed_from_the_start, closed_itself, names_without_files, closed_and_validated],
 )
 def test_folders_that_may_not_be_searched(tmp_path: Path, scenario: Callable[[Path], Awaitable[None]]) -> None:
     code = (
@@ -436,7 +454,7 @@ def test_folders_that_may_not_be_searched(tmp_path: Path, scenario: Callable[[Pa
             check=False,
         )
     finally:
-        for folder in ("outer", "agents"):
+        for folder in ("outer", "agents", "agents/team"):
             if (tmp_path / folder).exists():
                 (tmp_path / folder).chmod(0o755)
     assert done.returncode == 0, done.stderr

@@ -25,6 +25,7 @@ from orchestrator.store import Run, now_us
 from orchestrator.task import Task
 from orchestrator.testing import Fault, ModelServer, Reply, Request, Rule, ToolUse
 from orchestrator.tracing import SpanContext, new_run_id, new_trace_id
+from tests.conftest import write_agent
 
 Open = Callable[..., AbstractAsyncContextManager[Runtime]]
 
@@ -205,16 +206,28 @@ async def test_a_failed_run_says_whether_to_try_again(client: Client, model: Mod
     assert "run_wait" not in text_of(result)
 
 
-def test_a_failure_keeps_what_was_said_and_when_to_come_back() -> None:
+def test_a_failure_keeps_how_what_was_said_ends_and_when_to_come_back() -> None:
     error = RateLimitError("the account is limited", retry_after=12.5, details={"stderr": "x" * 5000}).to_dict()
-    outcome = Outcome(run_id="a" * 16, status="failed", text="y" * 5000, error=error)
+    said = "the beginning" + "y" * 5000 + "the end"
+    outcome = Outcome(run_id="a" * 16, status="failed", text=said, error=error)
 
     sentence, line = results.failure("helper", outcome).split("\n")
 
     told = json.loads(line)
     assert sentence == "helper failed: the account is limited"
     assert (told["code"], told["retryable"], told["retry_after"]) == ("rate_limit", True, 12.5)
-    assert len(told["partial_text"]) == len(told["stderr"]) == 2000
+    assert told["partial_text"] == said[-2000:]
+    assert told["partial_text_chars"] == len(said)
+    assert told["whole_text"] == f'call run_wait(["{"a" * 16}"])'
+    assert len(told["stderr"]) == 2000
+
+
+@pytest.mark.parametrize("said", ["", "y" * 2000])
+def test_a_failure_that_has_it_all_does_not_send_for_more(said: str) -> None:
+    outcome = Outcome(run_id="a" * 16, status="failed", text=said, error=RateLimitError("no").to_dict())
+    told = json.loads(results.failure("helper", outcome).splitlines()[-1])
+    assert told.get("partial_text", "") == said
+    assert not {"partial_text_chars", "whole_text"} & told.keys()
 
 
 # -- delegate and run_wait ----------------------------------------------------------------------------------
@@ -297,11 +310,59 @@ async def test_run_wait_tells_of_each_run(client: Client, model: ModelServer) ->
     assert not result.is_error
     one, two, three = (part.split(" ---\n", 1)[1] for part in text_of(result).split("\n\n--- "))
     assert one.startswith("first answer\n[run_id=")
-    assert two.startswith("helper failed: ")
+    *_, known, error = two.splitlines()
+    assert f"[run_id={ids[1]} status=failed " in known
+    assert json.loads(error)["code"] == "invalid_request"
     assert "still running" in three
     gate.opened.set()
     only_failed = await client.call_tool("run_wait", {"run_ids": [ids[1], ids[1]]})
-    assert error_of(only_failed)["run_id"] == ids[1]
+    assert text_of(only_failed) == two
+
+
+@pytest.mark.parametrize("said", ["first\n" + "y" * 600_000 + "\nlast", ""])
+async def test_run_wait_has_all_that_a_failed_run_had_said(rt: Runtime, client: Client, said: str) -> None:
+    error = RateLimitError("too fast", retry_after=3).to_dict()
+    run = a_run(rt, status="failed", text=said, error=error, cost_usd=0.5)
+    await rt.store.create_run(run)
+
+    result = await client.call_tool("run_wait", {"run_ids": [run.id]})
+
+    # The waiting went well, and an error's text is cut by clients.
+    assert not result.is_error
+    *text, known, told = text_of(result).split("\n")
+    assert "\n".join(text) == said
+    assert known == f"[run_id={run.id} status=failed cost=$0.5000 tokens=0]"
+    assert json.loads(told) == {
+        "code": "rate_limit",
+        "message": "too fast",
+        "retryable": True,
+        "retry_after": 3,
+        "advice": error["advice"],
+    }
+
+
+async def test_the_facts_tell_what_a_run_cost_with_all_below_it(rt: Runtime, client: Client) -> None:
+    async def facts(run: Run) -> str:
+        return text_of(await client.call_tool("run_wait", {"run_ids": [run.id]})).splitlines()[-1]
+
+    def child(of: Run, cost: float | None, **fields: Any) -> Run:
+        return a_run(rt, parent_id=of.id, root_id=of.root_id, depth=of.depth + 1, cost_usd=cost, **fields)
+
+    root = a_run(rt, cost_usd=0.01)
+    below = child(root, 0.02)
+    furthest = child(below, 0.03)
+    plan = a_run(rt, kind="plan", depth=0, cost_usd=0.07)
+    for run in (root, below, furthest, plan, child(plan, 0.07)):
+        await rt.store.create_run(run)
+
+    assert "cost=$0.0100 (with what it started: $0.0600) tokens=" in await facts(root)
+    assert "cost=$0.0200 (with what it started: $0.0500) tokens=" in await facts(below)
+    assert "cost=$0.0300 tokens=" in await facts(furthest)
+    # What a plan cost is what its steps cost.
+    assert "cost=$0.0700 tokens=" in await facts(plan)
+
+    await rt.store.create_run(child(furthest, None, status="running"))
+    assert "cost=$0.0100 (with what it started: unknown) tokens=" in await facts(root)
 
 
 async def test_progress_is_reported_while_waiting(client: Client, model: ModelServer) -> None:
@@ -358,7 +419,9 @@ async def test_run_cancel_ends_a_run_and_keeps_what_was_said(
 
     assert facts_of(ended)["status"] == "cancelled"
     assert text_of(ended).startswith("word ")
-    assert text_of(again).startswith("the run had ended before: cancelled")
+    first, rest = text_of(again).split("\n", 1)
+    assert first == "the run had ended before: cancelled"
+    assert rest == text_of(ended)
 
 
 async def test_sessions_go_on_and_are_forked(rt: Runtime, client: Client, model: ModelServer) -> None:

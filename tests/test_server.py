@@ -209,6 +209,29 @@ async def test_a_runs_token_is_that_run(rt: Runtime, model: ModelServer) -> None
     assert late.status_code == 401
 
 
+async def test_an_agent_waits_longer_than_a_person(runtime: Open, model: ModelServer) -> None:
+    """An agent that asks again and again pays for a turn each time; a person's call goes to the background."""
+    gate, last = Gate(), Gate()
+    model.rules = [Rule(last, when={"user_contains": "outer"}), Rule(gate)]
+    answers: list[str] = []
+    async with runtime(server__mcp_wait_s=0.1) as rt, open_doors(rt, token=TOKEN) as doors:
+        outer = await submit(rt, Task(agent="worker", prompt="outer"))
+
+        async def delegates() -> None:
+            async with connected(doors.url, rt.tokens.issue(outer)) as agent:
+                answers.append(await call(agent, "delegate", agent="helper", prompt="inner"))
+
+        async with connected(doors.url, TOKEN) as person:
+            async with anyio.create_task_group() as tg:
+                tg.start_soon(delegates)
+                await model.wait_for("inner")
+                assert "still running" in await call(person, "run_wait", run_ids=[outer])
+                gate.opened.set()
+            last.opened.set()
+
+    assert answers[0].startswith("at last\n[run_id=")
+
+
 async def test_a_door_for_agents_has_no_other_key(rt: Runtime) -> None:
     async with open_doors(rt) as doors, httpx2.AsyncClient() as http:
         assert doors.line_port is None

@@ -316,7 +316,8 @@ async def test_a_client_of_last_year(client: Client, model: ModelServer) -> None
 async def test_calls_are_stamped(served: Runtime, environ: dict[str, str], model: ModelServer) -> None:
     model.rules = [Rule("ok")]
     trace = "0af7651916cd43dd8448eb211c80319c"
-    project = served.config.project_dir / "agents"
+    project = served.config.project_dir.parent / "another"
+    shutil.copytree(served.config.project_dir, project)  # whose agents are the ones the call can name
     more = {
         "TRACEPARENT": f"00-{trace}-b7ad6b7169203331-01",
         "CLAUDE_CODE_SESSION_ID": "window-3",

@@ -26,7 +26,7 @@ def config_of(ctx: click.Context, **overrides: Any) -> Config:
     values: dict[str, Any] = {}
     known = settings()
     if root.get("data_dir") is not None:
-        values["data_dir"] = root["data_dir"].absolute()
+        values["data_dir"] = root["data_dir"].expanduser().absolute()
     if root.get("verbose"):
         values["log.level"] = "INFO" if root["verbose"] == 1 else "DEBUG"
     for pair in root.get("sets", ()):
