@@ -513,6 +513,7 @@ def retry_of(**fields: Any) -> ApiRetry:
         ({"result": "API Error: 529 Overloaded"}, None, OverloadedError),
         ({"result": "API Error: 503 oops"}, "unknown", ServerError),
         ({"result": "You've hit your weekly limit"}, None, RateLimitError),
+        ({"result": "the author of this authorisation form is unknown"}, None, BackendError),
         ({"result": "the bottle of 500 limited editions is overloadedly nice"}, None, BackendError),
         ({"result": None}, None, BackendError),
         ({"subtype": "error_brand_new", "is_error": False}, None, BackendError),

@@ -208,6 +208,18 @@ def test_config_show_origin(shell: Shell) -> None:
     assert "did you mean 'limits.max_depth'" in shell.run("config", "show", code=2).stderr
 
 
+def test_logs_are_as_the_settings_say(shell: Shell) -> None:
+    plan = shell.scenario(PLAN.format(agent="helper"), HELLO)
+    done = shell.run(
+        "--set", "log.level=INFO", "--set", "log.format=json", "run", str(plan), "--offline", "--quiet"
+    )
+    lines = [json.loads(line) for line in done.stderr.splitlines() if line.startswith("{")]
+    ended = [line for line in lines if "succeeded" in line["message"]]
+    assert {line["level"] for line in ended} == {"INFO"}
+    assert all(len(line["run_id"]) == 16 for line in ended)
+    assert "say something" not in done.stderr, "no prompt at this level"
+
+
 def test_secrets_in_settings_are_masked(shell: Shell) -> None:
     with (shell.project / "orchestrator.yaml").open("a") as file:
         file.write("")

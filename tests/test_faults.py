@@ -232,13 +232,14 @@ def act(runtime: OpenRuntime, tmp_path: Path) -> Callable[..., Any]:
     return run
 
 
-async def test_rubbish_before_the_result(act: Callable[..., Any]) -> None:
+async def test_rubbish_before_the_result(act: Callable[..., Any], caplog: pytest.LogCaptureFixture) -> None:
     outcome = await act(
         "print('Warning: something'); print('{\"broken'); print('[1, 2]'); print(); print('null')\n"
         "sys.stdout.flush(); sys.stdout.buffer.write(b'\\xff\\xfe\\n'); sys.stdout.flush()\n"
         "begin(); answer('hi'); say(type='news', of='tomorrow'); result('hi')"
     )
     assert (outcome.status, outcome.text, outcome.cost_usd) == ("succeeded", "hi", 0.5)
+    assert "printed 5 lines that are not messages" in caplog.text
 
 
 async def test_it_refuses_to_start(act: Callable[..., Any]) -> None:
