@@ -114,4 +114,5 @@ def _facts(ctx: Context, meta: Mapping[str, Any], claims: Mapping[str, Any]) -> 
 
 
 def _text(value: Any) -> str | None:
-    return value if isinstance(value, str) and value else None
+    # A NUL is in no name or path; the file system would raise on it.
+    return value if isinstance(value, str) and value and "\0" not in value else None

@@ -91,7 +91,9 @@ class ServerConfig(_Section):
 
     host: str = Field("127.0.0.1", description="Address to listen on; loopback unless you know why not.")
     port: int = Field(0, ge=0, le=65535, description="Port of the HTTP door; 0 chooses a free one.")
-    mcp_wait_s: float = Field(100, gt=0, description="How long an MCP delegate call blocks by default.")
+    mcp_wait_s: float = Field(
+        100, gt=0, description="How long an MCP call of a person's client waits by default; agents' wait 25 min."
+    )
 
 
 class TelemetryConfig(_Section):

@@ -592,7 +592,14 @@ async def test_what_the_shim_says_of_the_caller(rt: Runtime, client: Client, mod
 async def test_claims_that_mean_nothing_are_ignored(rt: Runtime, client: Client, model: ModelServer) -> None:
     gate = Gate()
     model.rules = [Rule(gate)]
-    for claims in ("text", {"run_id": 7}, {"run_id": "0" * 16}, {"project_dir": ["x"]}, None):
+    for claims in (
+        "text",
+        {"run_id": 7},
+        {"run_id": "0" * 16},
+        {"project_dir": ["x"]},
+        {"project_dir": "/a\0b"},
+        None,
+    ):
         meta: Any = {CALLER_KEY: claims, "traceparent": "00-nonsense"}
         arguments = {"agent": "helper", "prompt": "x", "wait_s": 0}
         assert "still running" in text_of(await client.call_tool("delegate", arguments, meta=meta))
