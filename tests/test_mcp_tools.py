@@ -606,7 +606,7 @@ async def test_claims_that_mean_nothing_are_ignored(rt: Runtime, client: Client,
 
     rows = await rt.store.runs()
     assert {(row.parent_id, row.cwd) for row in rows} == {(None, str(rt.config.project_dir))}
-    assert len({row.trace_id for row in rows}) == 5
+    assert len({row.trace_id for row in rows}) == 6
 
 
 async def test_a_call_from_somewhere_below_a_run_is_its_child(
