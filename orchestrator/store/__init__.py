@@ -4,10 +4,10 @@ import os
 import secrets
 import socket
 import time
-from collections.abc import AsyncIterator, Collection
+from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, Unpack
 
 import anyio
 import psutil
@@ -15,9 +15,19 @@ import psutil
 from orchestrator.errors import RunInterruptedError, RunNotFoundError, SessionBusyError, SessionNotFoundError
 from orchestrator.outcome import ENDED
 from orchestrator.store.database import Database, Statement, StoreError, open_sqlite
-from orchestrator.store.rows import Run, SessionRow, StoredMessage, to_json
+from orchestrator.store.rows import Run, RunFilters, SessionRow, StoredMessage, to_json
 
-__all__ = ["ENDED", "Run", "SessionRow", "Store", "StoreError", "StoredMessage", "now_us", "open_store"]
+__all__ = [
+    "ENDED",
+    "Run",
+    "RunFilters",
+    "SessionRow",
+    "Store",
+    "StoreError",
+    "StoredMessage",
+    "now_us",
+    "open_store",
+]
 
 InstanceKind = Literal["serve", "run", "library"]
 
@@ -158,57 +168,14 @@ class Store:
             raise RunNotFoundError(f"{run_id!r} is the start of several run ids; give more of it")
         return Run.of((exact or rows)[0])
 
-    async def runs(
-        self,
-        *,
-        ids: Collection[str] | None = None,
-        agent: str | None = None,
-        session_id: str | None = None,
-        status: str | None = None,
-        parent_id: str | None = None,
-        step: str | None = None,
-        root_id: str | None = None,
-        trace_id: str | None = None,
-        text: str | None = None,
-        after_us: int | None = None,
-        before_us: int | None = None,
-        within: str | None = None,
-        limit: int = 50,
-    ) -> list[Run]:
-        """Runs that match every filter given, newest first. ``within`` keeps to the subtree below that run."""
-        filters = {
-            "name = :agent": agent,
-            "session_id = :session_id": session_id,
-            "status = :status": status,
-            "parent_id = :parent_id": parent_id,
-            "step = :step": step,
-            "root_id = :root_id": root_id,
-            "trace_id = :trace_id": trace_id,
-            "(instr(lower(prompt), lower(:text)) OR instr(lower(runs.text), lower(:text)))": text,
-            "created_us >= :after_us": after_us,
-            "created_us < :before_us": before_us,
-            f"id IN ({_SUBTREE})": within,
-            "id IN (SELECT value FROM json_each(:ids))": None if ids is None else to_json(list(ids)),
-        }
-        params: dict[str, Any] = {
-            "agent": agent,
-            "session_id": session_id,
-            "status": status,
-            "parent_id": parent_id,
-            "step": step,
-            "root_id": root_id,
-            "trace_id": trace_id,
-            "text": text,
-            "after_us": after_us,
-            "before_us": before_us,
-            "within": within,
-            "ids": filters["id IN (SELECT value FROM json_each(:ids))"],
-            "limit": limit,
-        }
-        where = " AND ".join(sql for sql, value in filters.items() if value is not None) or "1"
+    async def runs(self, *, limit: int = 50, **filters: Unpack[RunFilters]) -> list[Run]:
+        """Runs that match every filter given (None: not given), newest first."""
+        given: dict[str, Any] = {name: value for name, value in filters.items() if value is not None}
+        if "ids" in given:
+            given["ids"] = to_json(list(given["ids"]))
+        where = " AND ".join(_FILTERS[name] for name in given) or "1"
         rows = await self._db.all(
-            f"SELECT * FROM runs WHERE {where} ORDER BY created_us DESC, id LIMIT :limit",
-            params,
+            f"SELECT * FROM runs WHERE {where} ORDER BY created_us DESC, id LIMIT :limit", {**given, "limit": limit}
         )
         return [Run.of(row) for row in rows]
 
@@ -327,6 +294,21 @@ _SUBTREE = (
     "WITH RECURSIVE below(id) AS"
     " (VALUES (:within) UNION SELECT r.id FROM runs r JOIN below b ON r.parent_id = b.id) SELECT id FROM below"
 )
+
+_FILTERS = {
+    "ids": "id IN (SELECT value FROM json_each(:ids))",
+    "agent": "name = :agent",
+    "session_id": "session_id = :session_id",
+    "status": "status = :status",
+    "parent_id": "parent_id = :parent_id",
+    "step": "step = :step",
+    "root_id": "root_id = :root_id",
+    "trace_id": "trace_id = :trace_id",
+    "text": "(instr(lower(prompt), lower(:text)) OR instr(lower(runs.text), lower(:text)))",
+    "after_us": "created_us >= :after_us",
+    "before_us": "created_us < :before_us",
+    "within": f"id IN ({_SUBTREE})",
+}
 
 
 def _update(run_id: str, fields: dict[str, Any]) -> Statement:

@@ -1,8 +1,8 @@
 """Rows of the store as typed objects."""
 
 import json
-from collections.abc import Mapping
-from typing import Any, Literal, Self
+from collections.abc import Collection, Mapping
+from typing import Any, Literal, Self, TypedDict
 
 from pydantic import BaseModel, ConfigDict
 
@@ -100,6 +100,26 @@ class Run(BaseModel):
         """The row as SQL parameters."""
         data = self.model_dump()
         return data | {name: to_json(data[name]) for name in _JSON}
+
+
+class RunFilters(TypedDict, total=False):
+    """What ``Store.runs`` can be asked for. Times are microseconds since 1970 UTC.
+
+    ``text`` is looked for in prompt and answer, ``within`` keeps to the subtree of that run, itself included.
+    """
+
+    ids: Collection[str] | None
+    agent: str | None
+    session_id: str | None
+    status: str | None
+    parent_id: str | None
+    step: str | None
+    root_id: str | None
+    trace_id: str | None
+    text: str | None
+    after_us: int | None
+    before_us: int | None
+    within: str | None
 
 
 #: Columns that hold JSON.
