@@ -12,7 +12,7 @@ from orchestrator.runtime import LiveRun, Runtime
 from orchestrator.specs import hide_values, permission_mode
 from orchestrator.store import Run, SessionRow, now_us
 from orchestrator.task import Task
-from orchestrator.tracing import new_run_id, new_trace_id
+from orchestrator.tracing import SpanContext, new_run_id, new_trace_id
 
 
 async def admit(rt: Runtime, task: Task) -> tuple[LiveRun, Agent]:
@@ -48,7 +48,7 @@ async def _prepare(rt: Runtime, agent: Agent, task: Task, parent: Run | None, pr
     live_parent = rt.live.get(parent.id) if parent else None
     depth = parent.depth + 1 if parent else 1
     check_depth(depth, rt.config.limits.max_depth)
-    budget = await _budget(rt, task, parent, live_parent)
+    budget = await open_budget(rt, task.budget_usd, parent)
     budget.check()
     source = await _source(rt, task.session) if task.session else None
     mode = session_mode(task)
@@ -60,7 +60,7 @@ async def _prepare(rt: Runtime, agent: Agent, task: Task, parent: Run | None, pr
     run_id = new_run_id()
     row = Run(
         id=run_id,
-        trace_id=_trace_id(task, parent),
+        trace_id=trace_of(parent, task.parent_span),
         parent_id=parent.id if parent else None,
         parent_span_id=task.parent_span.span_id if task.parent_span else None,
         root_id=parent.root_id if parent else run_id,
@@ -128,23 +128,27 @@ def session_mode(task: Task) -> SessionMode:
     return "fork" if task.fork else "continue"
 
 
-async def _budget(rt: Runtime, task: Task, parent: Run | None, live_parent: LiveRun | None) -> Budget:
-    """What the run may spend. Raises LimitError if its parent has ended: nobody is left to take the answer."""
+async def open_budget(rt: Runtime, asked: float | None, parent: Run | None) -> Budget:
+    """What a run may spend: what was asked for, within what its parent has left.
+
+    Raises LimitError if its parent has ended: nobody is left to take the answer.
+    """
     if parent is None:
-        return Budget(rt.config.limits.budget_usd if task.budget_usd is None else task.budget_usd)
-    if live_parent is not None:
-        return Budget(task.budget_usd, parent=live_parent.budget)
+        return Budget(rt.config.limits.budget_usd if asked is None else asked)
+    if (live_parent := rt.live.get(parent.id)) is not None:
+        return Budget(asked, parent=live_parent.budget)
     if parent.ended:
         raise LimitError(f"run {parent.id} has ended ({parent.status}) and delegates no more")
     # The parent works in another process. Its budget cannot be shared, but what is left of it now is known.
     above = Budget(await rt.store.rest_of_budget(parent.id))
-    return Budget(rt.config.limits.budget_usd if task.budget_usd is None else task.budget_usd, parent=above)
+    return Budget(rt.config.limits.budget_usd if asked is None else asked, parent=above)
 
 
-def _trace_id(task: Task, parent: Run | None) -> str:
+def trace_of(parent: Run | None, span: SpanContext | None) -> str:
+    """The trace a run belongs to: its parent's, else that of the span that called, else a new one."""
     if parent is not None:
         return parent.trace_id
-    return task.parent_span.trace_id if task.parent_span else new_trace_id()
+    return span.trace_id if span else new_trace_id()
 
 
 def _cwd(project: Path, task: Task, parent: Run | None, source: SessionRow | None) -> Path:

@@ -13,22 +13,22 @@ from typing import Any
 
 import anyio
 
+from orchestrator.admission import open_budget, trace_of, withdraw
 from orchestrator.delegation import attend, delegate
 from orchestrator.endings import conclude, ended_as, stop_children, summary
 from orchestrator.errors import (
     BudgetExceededError,
     OrchestratorError,
     RunCancelledError,
-    RunInterruptedError,
     RunTimeoutError,
 )
-from orchestrator.limits import Budget
+from orchestrator.limits import check_depth
 from orchestrator.outcome import Outcome, Usage
 from orchestrator.plans import Plan, PlanState, StepChange, StepJob, drive
 from orchestrator.runtime import LiveRun, Runtime
 from orchestrator.store import Run, now_us
 from orchestrator.task import Task
-from orchestrator.tracing import SpanContext, new_run_id, new_trace_id
+from orchestrator.tracing import SpanContext, new_run_id
 from orchestrator.workspaces import WorkspaceCopy, make_copy, workspace_copy
 
 log = logging.getLogger(__name__)
@@ -40,11 +40,14 @@ async def run_plan(
     inputs: Mapping[str, Any],
     *,
     base: Path | None = None,
+    parent_id: str | None = None,
     parent_span: SpanContext | None = None,
     caller: dict[str, Any] | None = None,
 ) -> Outcome:
     """Run the plan to its end. Cancelling the caller cancels it and its steps. Raises what ``submit_plan`` does."""
-    run_id = await submit_plan(rt, plan, inputs, base=base, parent_span=parent_span, caller=caller)
+    run_id = await submit_plan(
+        rt, plan, inputs, base=base, parent_id=parent_id, parent_span=parent_span, caller=caller
+    )
     return await attend(rt, run_id)
 
 
@@ -54,13 +57,16 @@ async def submit_plan(
     inputs: Mapping[str, Any],
     *,
     base: Path | None = None,
+    parent_id: str | None = None,
     parent_span: SpanContext | None = None,
     caller: dict[str, Any] | None = None,
 ) -> str:
     """Record the plan, start it in the runtime, and return its run id.
 
     ``base`` is the directory that relative paths in inputs and in steps' ``cwd`` start from (default: the
-    project directory). Raises PlanError for wrong inputs and for a workspace of no directory, StoreError.
+    project directory). A plan that the run ``parent_id`` starts is below it, and its steps are as deep as what
+    that run delegates. Raises PlanError for wrong inputs and for a workspace of no directory, LimitError,
+    StoreError.
     """
     if rt.closing:
         raise RunCancelledError("the orchestrator is shutting down", retryable=True)
@@ -68,13 +74,18 @@ async def submit_plan(
     bound = plan.bind(inputs, base=base)
     run_id = new_run_id()
     copy = workspace_copy(plan, bound, run_id, rt.config.data_path)
-    budget = Budget(plan.limits.budget_usd if plan.limits.budget_usd is not None else rt.config.limits.budget_usd)
+    parent = await rt.store.run(parent_id) if parent_id else None
+    budget = await open_budget(rt, plan.limits.budget_usd, parent)
+    budget.check()
+    depth = parent.depth if parent else 0
+    check_depth(depth + 1, rt.config.limits.max_depth)
     row = Run(
         id=run_id,
-        trace_id=parent_span.trace_id if parent_span else new_trace_id(),
+        trace_id=trace_of(parent, parent_span),
+        parent_id=parent.id if parent else None,
         parent_span_id=parent_span.span_id if parent_span else None,
-        root_id=run_id,
-        depth=0,
+        root_id=parent.root_id if parent else run_id,
+        depth=depth,
         kind="plan",
         name=plan.name,
         options={"inputs": bound, "plan": str(plan.path), "digest": plan.digest},
@@ -86,12 +97,15 @@ async def submit_plan(
         created_us=now_us(),
         instance_id=rt.store.instance_id,
     )
-    live = LiveRun(row, budget, touched=time.monotonic())
+    live = LiveRun(row, budget, touched=time.monotonic(), parent=rt.live.get(parent.id) if parent else None)
     rt.live[run_id] = live
     try:
         await rt.store.create_run(row)
+        if rt.closing:
+            raise RunCancelledError("the orchestrator is shutting down", retryable=True)
     except BaseException:
-        rt.live.pop(run_id, None)
+        with anyio.CancelScope(shield=True):
+            await withdraw(rt, live)
         raise
     rt.task_group.start_soon(_execute, rt, live, PlanState(plan, bound, run_id), copy)
     rt.emit("run.created", run_id, **summary(row))
@@ -99,7 +113,7 @@ async def submit_plan(
 
 
 async def _execute(rt: Runtime, live: LiveRun, state: PlanState, copy: WorkspaceCopy | None) -> None:
-    error: OrchestratorError | None = RunInterruptedError("the run was torn down")
+    error: OrchestratorError | None = RunCancelledError("the orchestrator was stopped", retryable=True)
     row = live.row
     try:
         with live.scope:

@@ -389,6 +389,34 @@ def _read_until(process: subprocess.Popen[str], text: str) -> list[str]:
     raise AssertionError(f"{text!r} never came: {lines}")
 
 
+def test_what_an_agent_starts_from_its_shell_is_its_own(shell: Shell) -> None:
+    """An agent with a shell can run `orchestrator` too: below its run, no deeper, within its budget."""
+    inner = f"{sys.executable} -m orchestrator --config {shell.project}/orchestrator.yaml"
+    (shell.project / "deeper.sh").write_text(
+        f"{inner} delegate helper hi --scenario {shell.project}/inner.yaml 2>&1\n"
+    )
+    (shell.project / "inner.yaml").write_text(HELLO)
+    write_agent(shell.project, "sheller", tools="Bash(sh *)", body="You have a shell.")
+    scenario = (
+        "version: 1\nrules:\n"
+        "  - {when: {tool_result: true}, reply: 'it said {{ tool_results }}'}\n"
+        "  - reply: {tool: Bash, input: {command: sh deeper.sh, description: deeper}}\n"
+    )
+    (shell.project / "outer.yaml").write_text(scenario)
+    shell.env["ORCHESTRATOR_CLAUDE__PASS_ENV"] = "[PYTHONPATH]"
+    shell.run("delegate", "sheller", "go", "--scenario", "outer.yaml")
+    helper, sheller = shell.json("runs", "list")
+    assert (helper["name"], helper["status"], helper["parent_id"]) == ("helper", "succeeded", sheller["id"])
+    assert (helper["depth"], helper["trace_id"]) == (2, sheller["trace_id"])
+    refused = shell.run(
+        "--set", "limits.max_depth=1", "delegate", "sheller", "go", "--scenario", "outer.yaml"
+    ).stdout
+    assert "hello" in refused, "the inner command reads its own settings"
+    with (shell.project / "orchestrator.yaml").open("a") as file:
+        file.write("  max_depth: 1\n")
+    assert "limited to 1 levels" in shell.run("delegate", "sheller", "go", "--scenario", "outer.yaml").stdout
+
+
 def test_every_listing_has_json(shell: Shell) -> None:
     for command in (["agents", "list"], ["runs", "list"], ["config", "show"], ["agents", "validate"], ["doctor"]):
         assert "--json" in shell.run(*command, "--help").stdout, command

@@ -67,8 +67,11 @@ def list_command(ctx: click.Context, as_json: bool) -> None:
         chosen = f"{model or 'CLI default'} ({origin})"
         table.add_row(agent.id, chosen, one_line(offered, 40), agent.source, one_line(agent.description, 80))
     console().print(table)
+    if not rows:
+        folders = ", ".join(str(root.path) for root in agent_roots(config))
+        click.echo(f"no agents: put a markdown file with frontmatter into one of {folders}", err=True)
     for problem in catalog.problems():
-        click.echo(f"{problem.path}:{problem.line}: {problem.reason}", err=True)
+        click.echo(f"{problem.path}:{problem.line or 1}: {problem.reason}", err=True)
 
 
 @agents_command.command("show")

@@ -18,6 +18,7 @@ from orchestrator.cli.common import (
     print_json,
     run_async,
 )
+from orchestrator.cli.run import enclosing_run, shown, watch_to_end
 from orchestrator.delegation import submit
 from orchestrator.errors import ConfigError
 from orchestrator.offline import offline_model, offline_settings
@@ -63,7 +64,6 @@ async def _run(
     **task: Any,
 ) -> Outcome:
     from mcp_tools import open_door  # noqa: PLC0415  # the one layer above us that commands may open
-    from orchestrator.cli.run import shown, watch_to_end  # noqa: PLC0415  # next to its only other user
 
     async with AsyncExitStack() as stack:
         config = config_of(ctx)
@@ -77,6 +77,7 @@ async def _run(
             agent=agent,
             prompt=prompt,
             output_schema=_schema(schema),
+            parent_id=await enclosing_run(rt),
             parent_span=SpanContext.parse(rt.environ.get("TRACEPARENT")),
             **task,
         )

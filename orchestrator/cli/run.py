@@ -16,12 +16,13 @@ import yaml
 from orchestrator.cli.common import as_json, config_of, exit_code, is_terminal, money, run_async
 from orchestrator.config import Config
 from orchestrator.delegation import cancel
-from orchestrator.errors import PlanError
+from orchestrator.errors import PlanError, RunNotFoundError
 from orchestrator.events import Event, Watcher
 from orchestrator.offline import offline_model, offline_settings, scenario_beside
 from orchestrator.outcome import Outcome
 from orchestrator.plan_runs import submit_plan
 from orchestrator.plans import load_plan
+from orchestrator.process import RUN_ID_ENV
 from orchestrator.runtime import Runtime, open_runtime
 from orchestrator.tracing import SpanContext
 
@@ -69,7 +70,9 @@ async def run_file(
         plan = load_plan(plan_file, known_agents=[agent.id for agent in rt.catalog.agents()])
         parent = SpanContext.parse(rt.environ.get("TRACEPARENT"))
         with rt.events.watch(size=10_000) as watcher:
-            run_id = await submit_plan(rt, plan, values, base=config.project_dir, parent_span=parent)
+            run_id = await submit_plan(
+                rt, plan, values, base=config.project_dir, parent_id=await enclosing_run(rt), parent_span=parent
+            )
             with shown(plan.name, run_id, quiet=quiet, as_json=as_json) as show:
                 await watch_to_end(rt, run_id, watcher, show)
         await _report(rt, run_id, as_json=as_json)
@@ -102,6 +105,21 @@ def _pair(text: str) -> tuple[str, str]:
     if not equals:
         raise PlanError(f"--input needs KEY=VALUE, got {text!r}", advice="Write --input key=value.")
     return name.strip(), value
+
+
+async def enclosing_run(rt: Runtime) -> str | None:
+    """The run of this record below which we were started, if an agent started us from its shell.
+
+    What it starts is its own: below it in the trace, as deep as what it delegates, within what it has left.
+    """
+    run_id = rt.environ.get(RUN_ID_ENV)
+    if run_id is None:
+        return None
+    try:
+        run = await rt.store.run(run_id)
+    except RunNotFoundError:
+        return None  # a run of another record: nothing here can bound it
+    return None if run.ended else run.id
 
 
 async def watch_to_end(rt: Runtime, run_id: str, watcher: Watcher, show: Callable[[Event], None]) -> None:
@@ -160,7 +178,7 @@ async def _report(rt: Runtime, run_id: str, *, as_json: bool) -> None:
     out.print(runs_tree(tree, run_id))
     out.print(f"\nplan {run.name}: {run.status}, {money(run.cost_usd, run.cost_basis)}, in {run.cwd}")
     for name, value in (run.structured or {}).items():
-        out.print(f"{name}: {value}", markup=False)
+        out.print(f"{name}: {value}")
     if run.error:
-        out.print(f"error: {run.error['message']}\n  {run.error['advice']}", markup=False)
+        out.print(f"error: {run.error['message']}\n  {run.error['advice']}")
     out.print(f"next: orchestrator trace show {run_id}")

@@ -204,7 +204,8 @@ class LiveView:
 
 def console() -> Console:
     """Standard output. A pipe has no width to fit into: nothing is cut there."""
-    return Console(highlight=False) if is_terminal() else Console(highlight=False, width=PIPE_WIDTH)
+    # No markup: names and answers are data, and may hold brackets.
+    return Console(highlight=False, markup=False, width=None if is_terminal() else PIPE_WIDTH)
 
 
 def short_model(model: str | None) -> str:

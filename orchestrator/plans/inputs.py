@@ -109,7 +109,7 @@ def _bind_one(spec: InputSpec, value: Any, base: Path | None) -> tuple[Any, str 
     value = _from_text(spec.type, value) if isinstance(value, str) else value
     complaint = spec.complaint(value)
     if spec.type == "path" and base is not None and complaint is None:
-        value = os.path.normpath(base / value)
+        value = os.path.normpath(base / Path(value).expanduser())
     return value, complaint
 
 
