@@ -392,9 +392,8 @@ def _read_until(process: subprocess.Popen[str], text: str) -> list[str]:
 def test_what_an_agent_starts_from_its_shell_is_its_own(shell: Shell) -> None:
     """An agent with a shell can run `orchestrator` too: below its run, no deeper, within its budget."""
     inner = f"{sys.executable} -m orchestrator --config {shell.project}/orchestrator.yaml"
-    (shell.project / "deeper.sh").write_text(
-        f"{inner} delegate helper hi --scenario {shell.project}/inner.yaml 2>&1\n"
-    )
+    inner += f" delegate helper hi --scenario {shell.project}/inner.yaml 2>&1"
+    (shell.project / "deeper.sh").write_text(f"{inner}\n")
     (shell.project / "inner.yaml").write_text(HELLO)
     write_agent(shell.project, "sheller", tools="Bash(sh *)", body="You have a shell.")
     scenario = (
@@ -408,10 +407,6 @@ def test_what_an_agent_starts_from_its_shell_is_its_own(shell: Shell) -> None:
     helper, sheller = shell.json("runs", "list")
     assert (helper["name"], helper["status"], helper["parent_id"]) == ("helper", "succeeded", sheller["id"])
     assert (helper["depth"], helper["trace_id"]) == (2, sheller["trace_id"])
-    refused = shell.run(
-        "--set", "limits.max_depth=1", "delegate", "sheller", "go", "--scenario", "outer.yaml"
-    ).stdout
-    assert "hello" in refused, "the inner command reads its own settings"
     with (shell.project / "orchestrator.yaml").open("a") as file:
         file.write("  max_depth: 1\n")
     assert "limited to 1 levels" in shell.run("delegate", "sheller", "go", "--scenario", "outer.yaml").stdout

@@ -83,9 +83,12 @@ async def _run(
         )
         with rt.events.watch() as watcher:
             run_id = await submit(rt, request)
+            live = rt.live[run_id]
             with shown(agent, run_id, quiet=as_json or not is_terminal(), as_json=False) as show:
                 await watch_to_end(rt, run_id, watcher, show)
-        outcome = (await rt.store.run(run_id)).outcome()
+    # Leaving the runtime has ended what a second signal left running.
+    assert live.outcome is not None
+    outcome = live.outcome
     _print(outcome, as_json=as_json)
     return outcome
 

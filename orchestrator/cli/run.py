@@ -73,10 +73,14 @@ async def run_file(
             run_id = await submit_plan(
                 rt, plan, values, base=config.project_dir, parent_id=await enclosing_run(rt), parent_span=parent
             )
+            live = rt.live[run_id]
             with shown(plan.name, run_id, quiet=quiet, as_json=as_json) as show:
                 await watch_to_end(rt, run_id, watcher, show)
-        await _report(rt, run_id, as_json=as_json)
-        return (await rt.store.run(run_id)).outcome()
+        if live.ended.is_set():
+            await _report(rt, run_id, as_json=as_json)
+    # Leaving the runtime has ended what a second signal left running.
+    assert live.outcome is not None
+    return live.outcome
 
 
 @asynccontextmanager
