@@ -395,7 +395,8 @@ async def test_a_caller_that_goes_away(
         await model.wait_for("go on")
         tg.cancel_scope.cancel()
 
-    gate.opened.set()
+    if status == "succeeded":
+        gate.opened.set()  # an answer that comes while a run is being stopped would stand
 
     [row] = await rt.store.runs()
     with anyio.fail_after(10):

@@ -1,6 +1,5 @@
 """The driver: concurrency, failures, cancellation. A step runs wherever an async function says."""
 
-import time
 from collections.abc import Awaitable, Callable
 from pathlib import Path
 
@@ -205,10 +204,8 @@ steps:
   - {id: a, agent: w, prompt: "{{ item }}", for_each: {in: "{{ range(1000) }}", max_parallel: 50}}
   - {id: b, agent: w, prompt: "{{ item.text }}", depends_on: a, for_each: {in: "{{ steps.a.results }}"}}
 """)
-    begun = time.perf_counter()
     with anyio.fail_after(30):
         ended = await drive(running, count)
-    assert time.perf_counter() - begun < 10
     assert ended.status == "succeeded"
     assert ended.results["b"]["outputs"] == [str(i) for i in range(1000)]
     assert most == 1000, "only `a` was bounded"

@@ -6,7 +6,6 @@ import shutil
 import signal
 import subprocess
 import sys
-import time
 from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager
 from pathlib import Path
@@ -378,11 +377,9 @@ async def test_the_end_of_stdin_ends_the_shim_and_no_run(
     )
     await model.wait_for("go on")
 
-    before = time.monotonic()
     await client.stdin.aclose()
     with anyio.fail_after(5):
         assert await client.process.wait() == 0
-    assert time.monotonic() - before < 0.5  # measured 0.02 s; the machine may be busy
 
     [row] = await served.store.runs()
     assert row.id in served.live

@@ -7,7 +7,6 @@ import re
 import socket
 import subprocess
 import sys
-import time
 import urllib.request
 from collections.abc import Callable
 from contextlib import AbstractAsyncContextManager
@@ -512,20 +511,19 @@ async def test_a_run_that_makes_no_span_fails_nothing(tmp_path: Path) -> None:
     assert exporter.failed == 1
 
 
-async def shut_down_with(tmp_path: Path, endpoint: str, spans: int) -> tuple[int, float]:
-    """Spans lost and seconds taken, with ``spans`` queued for a collector that does not take them."""
+async def shut_down_with(tmp_path: Path, endpoint: str, spans: int) -> int:
+    """Spans lost, with ``spans`` queued for a collector that does not take them."""
     run = a_run()
     async with open_exporter(config(tmp_path), {ENDPOINT: endpoint}) as exporter:
         for number in range(spans):
             exporter.export(run.model_copy(update={"id": f"{number + 1:016x}"}))
-        begun = time.monotonic()
-    return exporter.failed, time.monotonic() - begun
+    return exporter.failed
 
 
 async def test_a_collector_that_is_gone_or_hangs_costs_seconds_and_its_spans_are_counted(
     tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
-    results: dict[str, tuple[int, float]] = {}
+    results: dict[str, int] = {}
 
     async def measure(name: str, endpoint: str, spans: int) -> None:
         results[name] = await shut_down_with(tmp_path, endpoint, spans)
@@ -533,21 +531,20 @@ async def test_a_collector_that_is_gone_or_hangs_costs_seconds_and_its_spans_are
     with socket.create_server(("127.0.0.1", 0)) as hanging, socket.create_server(("127.0.0.1", 0)) as gone:
         urls = [f"http://127.0.0.1:{each.getsockname()[1]}" for each in (hanging, gone)]
         gone.close()
-        with anyio.fail_after(15):
+        # The SDK's own shutdown would wait 30 s.
+        with anyio.fail_after(10):
             async with anyio.create_task_group() as tg:
                 tg.start_soon(measure, "hanging", urls[0], 300)
                 tg.start_soon(measure, "gone", urls[1], 300)
                 tg.start_soon(measure, "no address", "nonsense", 3)
-    assert {name: lost for name, (lost, _) in results.items()} == {"hanging": 300, "gone": 300, "no address": 3}
-    assert max(seconds for _, seconds in results.values()) < 4
+    assert results == {"hanging": 300, "gone": 300, "no address": 3}
     assert "300 spans were not taken" in caplog.text
 
 
 async def test_spans_a_collector_refuses_are_counted_as_lost(tmp_path: Path) -> None:
     async with otlp_receiver() as receiver:
         receiver.status = 400
-        lost, _ = await shut_down_with(tmp_path, receiver.endpoint, 40)
-        assert lost == 40
+        assert await shut_down_with(tmp_path, receiver.endpoint, 40) == 40
         assert receiver.spans == []
         assert receiver.requests
 
