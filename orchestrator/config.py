@@ -41,7 +41,7 @@ class ClaudeConfig(_Section):
     pass_env: tuple[str, ...] = Field((), description="Variables (or globs) of ours that the CLI may see.")
     env: dict[str, str] = Field(default_factory=dict, description="Variables set for the CLI.")
     max_retries: int = Field(3, ge=0, description="The CLI's own retries of one request (its default is 10).")
-    request_timeout_s: float = Field(600, gt=0, description="How long one request may wait for its head.")
+    request_timeout_s: float = Field(300, gt=0, description="How long one request may wait for its head.")
     stream_idle_timeout_s: float = Field(
         120, ge=10, le=1800, description="How long a started answer may pause before it is asked for again."
     )

@@ -259,11 +259,11 @@ class ConnectionFailedError(BackendError):
 
 
 class StalledError(BackendError):
-    """The provider's answer stopped in the middle and did not go on."""
+    """The provider took the request and did not answer in time, or stopped in the middle and did not go on."""
 
     code = "stalled"
     retryable = True
-    advice = "Try again; claude.stream_idle_timeout_s bounds the wait."
+    advice = "Try again; claude.stream_idle_timeout_s and claude.request_timeout_s bound the wait."
 
 
 class ModelNotFoundError(BackendError):

@@ -434,7 +434,7 @@ FAILED: dict[str, list[type[OrchestratorError] | None]] = {
     "fconnrefused_env": [ConnectionFailedError],
     "fctx_exceeded": [InvalidRequestError],
     "fnonjson200": [ConnectionFailedError],
-    "fslow_head_timeout": [ConnectionFailedError],
+    "fslow_head_timeout": [StalledError],
     "fstall_all_byte10": [StalledError],
     "ftls": [ConnectionFailedError],
     "ftls_default": [ConnectionFailedError],

@@ -157,13 +157,25 @@ async def test_data_that_stays_malformed(rt: Runtime, model: ModelServer) -> Non
 
 
 async def test_a_silence_that_stays(rt: Runtime, model: ModelServer) -> None:
-    """The CLI would ask once more, without streaming, and wait for ever: the idle time-out ends the run."""
+    """The CLI would ask once more, without streaming; the run's own idle time-out may end it before."""
     model.rules = [Rule(faulty(stall_at=4))]
     with anyio.fail_after(10):
         outcome = await delegate(rt, Task(agent="helper", prompt="x", idle_timeout_s=2))
     assert verdict(outcome)[:3] == ("timed_out", "timeout", True)
     assert error_of(outcome)["details"] == {"kind": "idle"}
     assert outcome.text == "Half an"
+    await nothing_is_left_of(outcome)
+
+
+async def test_a_stall_that_stays_is_a_stall(runtime: OpenRuntime, model: ModelServer) -> None:
+    """The pause a stream is allowed, then the time of the one request the CLI makes instead."""
+    model.rules = [Rule(faulty(stall_at=4))]
+    async with runtime(claude__request_timeout_s=2) as rt:
+        with anyio.fail_after(25):
+            outcome = await delegate(rt, Task(agent="helper", prompt="x"))
+    assert verdict(outcome) == ("failed", "stalled", True, "provider")
+    assert outcome.text == "Half an"
+    assert [request.stream for request in model.journal] == [True, False]
     await nothing_is_left_of(outcome)
 
 

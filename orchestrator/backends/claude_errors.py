@@ -127,6 +127,8 @@ _BY_WORDS: tuple[tuple[re.Pattern[str], Kind], ...] = tuple(
     )
 )
 
+#: All the CLI says of a provider that took a request and then said nothing more; its fields call it unreachable.
+_SILENCE = re.compile(r"request timed out\b", re.IGNORECASE)
 _STATUS_IN_WORDS = re.compile(r"\bAPI Error: (\d{3})\b")
 _WAIT_IN_WORDS = re.compile(
     r"\b(?:retry|try again) (?:after|in) (\d+) ?(s|seconds?|m|minutes?|h|hours?)\b", re.IGNORECASE
@@ -198,6 +200,7 @@ def _kind(result: ResultMessage, words: str, retry: ApiRetry | None, assistant_e
     return (
         _of_ending(result)
         or _BY_API_ERROR.get(result.api_error or "")
+        or (StalledError if result.api_error_status is None and _SILENCE.match(words) else None)
         or _of_request(result.api_error_status, assistant_error, result.api_error_type)
         or _of_retry(retry, result.terminal_reason)
         or _of_words(words)
