@@ -77,26 +77,10 @@ async def submit_plan(
     parent = await rt.store.run(parent_id) if parent_id else None
     budget = await open_budget(rt, plan.limits.budget_usd, parent)
     budget.check()
-    depth = parent.depth if parent else 0
-    check_depth(depth + 1, rt.config.limits.max_depth)
-    row = Run(
-        id=run_id,
-        trace_id=trace_of(parent, parent_span),
-        parent_id=parent.id if parent else None,
-        parent_span_id=parent_span.span_id if parent_span else None,
-        root_id=parent.root_id if parent else run_id,
-        depth=depth,
-        kind="plan",
-        name=plan.name,
-        options={"inputs": bound, "plan": str(plan.path), "digest": plan.digest},
-        source=plan.source,
-        project=str(rt.config.project_dir),
-        cwd=str(copy.target if copy else base),
-        caller=caller,
-        budget_usd=budget.limit,
-        created_us=now_us(),
-        instance_id=rt.store.instance_id,
-    )
+    check_depth(parent.depth + 1 if parent else 1, rt.config.limits.max_depth)
+    row = _new_row(rt, plan, run_id, bound, parent, parent_span)
+    row.cwd = str(copy.target if copy else base)
+    row.caller, row.budget_usd = caller, budget.limit
     live = LiveRun(row, budget, touched=time.monotonic(), parent=rt.live.get(parent.id) if parent else None)
     rt.live[run_id] = live
     try:
@@ -110,6 +94,28 @@ async def submit_plan(
     rt.task_group.start_soon(_execute, rt, live, PlanState(plan, bound, run_id), copy)
     rt.emit("run.created", run_id, **summary(row))
     return run_id
+
+
+def _new_row(
+    rt: Runtime, plan: Plan, run_id: str, inputs: dict[str, Any], parent: Run | None, span: SpanContext | None
+) -> Run:
+    """What is known of a plan's run before it begins; it works in the project directory unless told otherwise."""
+    return Run(
+        id=run_id,
+        trace_id=trace_of(parent, span),
+        parent_id=parent.id if parent else None,
+        parent_span_id=span.span_id if span else None,
+        root_id=parent.root_id if parent else run_id,
+        depth=parent.depth if parent else 0,
+        kind="plan",
+        name=plan.name,
+        options={"inputs": inputs, "plan": str(plan.path), "digest": plan.digest},
+        source=plan.source,
+        project=str(rt.config.project_dir),
+        cwd=str(rt.config.project_dir),
+        created_us=now_us(),
+        instance_id=rt.store.instance_id,
+    )
 
 
 async def _execute(rt: Runtime, live: LiveRun, state: PlanState, copy: WorkspaceCopy | None) -> None:
