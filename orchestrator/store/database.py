@@ -6,6 +6,7 @@ Messages of a run are written without waiting (``write_soon``) in batches of at 
 """
 
 import logging
+import random
 import sqlite3
 from collections.abc import AsyncIterator, Mapping, Sequence
 from contextlib import AsyncExitStack, asynccontextmanager, suppress
@@ -147,7 +148,7 @@ async def _connection(path: Path) -> AsyncIterator[aiosqlite.Connection]:
         connection = await aiosqlite.connect(path, isolation_level=None, timeout=BUSY_SECONDS)
     try:
         connection.row_factory = aiosqlite.Row
-        await connection.execute("PRAGMA journal_mode=WAL")
+        await _write_ahead(connection)
         await connection.execute("PRAGMA synchronous=NORMAL")
         await connection.execute("PRAGMA foreign_keys=ON")
         path.chmod(0o600)  # prompts and answers are private
@@ -156,6 +157,21 @@ async def _connection(path: Path) -> AsyncIterator[aiosqlite.Connection]:
         # Also when it turned out not to be a database: the connection's thread would outlive us.
         with anyio.CancelScope(shield=True):
             await connection.close()
+
+
+async def _write_ahead(connection: aiosqlite.Connection) -> None:
+    # Of connections that switch a new file at the same moment SQLite refuses all but one at once, without the
+    # time-out that holds everywhere else: each has read the file and would wait for the other to let go.
+    give_up_at = anyio.current_time() + BUSY_SECONDS
+    while True:
+        try:
+            await connection.execute("PRAGMA journal_mode=WAL")
+        except sqlite3.OperationalError as error:
+            if error.sqlite_errorcode != sqlite3.SQLITE_BUSY or anyio.current_time() > give_up_at:
+                raise
+            await anyio.sleep(random.uniform(0.001, 0.02))
+        else:
+            return
 
 
 def migrations() -> list[tuple[int, str]]:
