@@ -324,7 +324,7 @@ def _is_text(field: Any) -> bool:
 # Variables of ours that are not settings: the configuration file's place, and what the executor gives to its
 # own children so that they can be recognised and can call back.
 _CLI_VARIABLE = f"{ENV_PREFIX}CLAUDE__ENV__"
-_NOT_SETTINGS = {f"{ENV_PREFIX}{name}" for name in ("CONFIG", "RUN_ID", "RUN_TOKEN", "INSTANCE_ID")}
+_NOT_SETTINGS = {f"{ENV_PREFIX}{name}" for name in ("CONFIG", "RUN_ID", "RUN_TOKEN", "PROCESS_ID", "INSTANCE_ID")}
 
 
 def _is_known(name: str, known: Mapping[str, Any]) -> bool:

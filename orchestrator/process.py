@@ -8,42 +8,27 @@ the CLI is a session of its own that no process group reaches.
 
 import errno
 import logging
-import shutil
-import signal
 import subprocess
-import sys
 import uuid
 from collections import deque
-from collections.abc import AsyncIterator, Mapping
+from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager, suppress
-from dataclasses import dataclass
-from functools import cache
 from pathlib import Path
 
 import anyio
-import psutil
 from anyio.abc import Process
 
 from orchestrator.conversation import Dialect, Spec
 from orchestrator.errors import CLIExitError, CLINotFoundError, CLIStartError
 from orchestrator.framing import MessageDecoder
 from orchestrator.groups import unwrapped
+from orchestrator.killing import RUN_ID_ENV, StopTimes, death_signal_prefix, stop
 from orchestrator.messages import Message
 
 log = logging.getLogger(__name__)
 
-RUN_ID_ENV = "ORCHESTRATOR_RUN_ID"
 READ_BYTES = 1 << 16
 STDERR_TAIL_BYTES = 16 * 1024
-
-
-@dataclass(frozen=True, slots=True)
-class StopTimes:
-    """Seconds to wait at each step of ending a process."""
-
-    after_eof: float = 3.0
-    after_term: float = 1.5
-    after_kill: float = 1.0
 
 
 class ProcessConversation:
@@ -154,6 +139,7 @@ async def connect_process(
     process = await _start(spec, binary, dialect)
     conversation = ProcessConversation(process, dialect, MessageDecoder(max_line_bytes=max_line_bytes))
     log.debug("started pid %d: %s", process.pid, binary)
+    marks = {spec.env[RUN_ID_ENV]} if RUN_ID_ENV in spec.env else set()
     ended_well = False
     try:
         with unwrapped():
@@ -165,7 +151,7 @@ async def connect_process(
                     ended_well = True
                 finally:
                     with anyio.CancelScope(shield=True):
-                        await stop(process, spec.env, times or StopTimes(), gently=ended_well)
+                        await stop(process, marks, times or StopTimes(), gently=ended_well)
                     tg.cancel_scope.cancel()
     finally:
         if conversation.skipped_lines:
@@ -206,76 +192,3 @@ def _is_directory(path: Path) -> bool:
         return path.is_dir()
     except OSError:  # a name longer than the system allows, a folder nobody may search
         return False
-
-
-@cache
-def death_signal_prefix() -> tuple[str, ...]:
-    """On Linux, have the kernel send TERM to the CLI if this process dies, even by SIGKILL.
-
-    Empty where ``setpriv`` is missing or too old to know how (util-linux before 2.33, BusyBox).
-    """
-    setpriv = shutil.which("setpriv") if sys.platform == "linux" else None
-    if setpriv is None:
-        return ()
-    prefix = (setpriv, "--pdeathsig", "TERM", "--")
-    tried = subprocess.run([*prefix, "true"], capture_output=True, stdin=subprocess.DEVNULL, check=False)
-    return prefix if tried.returncode == 0 else ()
-
-
-async def stop(process: Process, env: Mapping[str, str], times: StopTimes, *, gently: bool) -> None:
-    """End a process and all it started: end of input, TERM, KILL; each only if the one before did not do.
-
-    ``gently`` leaves out nothing but starts with the end of input, after which an idle CLI saves its totals and
-    exits by itself. Returns when nothing of it is left.
-    """
-    family = _descendants(process.pid)
-    if gently and process.stdin is not None:
-        with suppress(anyio.BrokenResourceError, anyio.ClosedResourceError):
-            await process.stdin.aclose()
-        with anyio.move_on_after(times.after_eof):
-            await process.wait()
-    if process.returncode is None:
-        family |= _descendants(process.pid)
-        with suppress(ProcessLookupError):
-            process.send_signal(signal.SIGTERM)
-        with anyio.move_on_after(times.after_term):
-            await process.wait()
-    if process.returncode is None:
-        family |= _descendants(process.pid)
-        with suppress(ProcessLookupError):
-            process.kill()
-    await anyio.to_thread.run_sync(kill_all, family)
-    if run_id := env.get(RUN_ID_ENV):
-        await anyio.to_thread.run_sync(sweep, {run_id})
-    with anyio.move_on_after(times.after_kill):
-        await process.wait()
-
-
-def _descendants(pid: int) -> set[psutil.Process]:
-    try:
-        return set(psutil.Process(pid).children(recursive=True))
-    except psutil.Error:
-        return set()
-
-
-def kill_all(processes: set[psutil.Process]) -> None:
-    """SIGKILL those that are still the processes they were (a pid may have been given to another)."""
-    for process in processes:
-        with suppress(psutil.Error):
-            process.kill()
-
-
-def sweep(run_ids: set[str]) -> int:
-    """Kill every process that carries one of the run ids in its environment; returns how many there were.
-
-    Finds what left its process group and its session. Processes of other users cannot be read and are skipped.
-    """
-    found: set[psutil.Process] = set()
-    for process in psutil.process_iter():
-        try:
-            if process.environ().get(RUN_ID_ENV) in run_ids:
-                found.add(process)
-        except (psutil.Error, OSError):
-            continue
-    kill_all(found)
-    return len(found)

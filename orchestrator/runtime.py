@@ -25,9 +25,10 @@ from orchestrator.conversation import Conversation, Dialect, Spec
 from orchestrator.errors import OrchestratorError, RunCancelledError
 from orchestrator.events import Event, Events, EventType
 from orchestrator.groups import unwrapped
+from orchestrator.killing import sweep
 from orchestrator.limits import Budget
 from orchestrator.outcome import Outcome
-from orchestrator.process import connect_process, sweep
+from orchestrator.process import connect_process
 from orchestrator.progress import Progress
 from orchestrator.store import InstanceKind, Run, Store, open_store
 from orchestrator.telemetry import Exporter, open_exporter

@@ -9,7 +9,7 @@ from orchestrator.backends.claude import environment
 from orchestrator.config import ClaudeConfig
 from orchestrator.conversation import McpEndpoint, SessionMode, Spec
 from orchestrator.errors import AgentError
-from orchestrator.process import RUN_ID_ENV
+from orchestrator.killing import RUN_ID_ENV
 from orchestrator.runtime import LiveRun, Runtime
 from orchestrator.store import Run
 from orchestrator.task import Task

@@ -19,8 +19,8 @@ import pytest
 from orchestrator.config import Config
 from orchestrator.delegation import cancel, delegate, submit, wait
 from orchestrator.errors import RunCancelledError, RunNotFoundError
+from orchestrator.killing import RUN_ID_ENV
 from orchestrator.outcome import Outcome
-from orchestrator.process import RUN_ID_ENV
 from orchestrator.runtime import LiveRun, Runtime
 from orchestrator.store import Run, open_store
 from orchestrator.task import Task

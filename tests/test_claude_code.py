@@ -18,8 +18,8 @@ from anyio.abc import Process
 from mcp import Client
 from mcp.client.streamable_http import streamable_http_client
 
+from orchestrator.killing import RUN_ID_ENV
 from orchestrator.messages import AssistantMessage, ResultMessage, UserMessage, parse_message
-from orchestrator.process import RUN_ID_ENV
 from orchestrator.server import ServerState, read_state
 from orchestrator.store import Run, open_store
 from orchestrator.testing import ModelServer, Reply, Request, Rule, ToolUse

@@ -12,7 +12,7 @@ from typing import Any
 import psutil
 import pytest
 
-from orchestrator.process import RUN_ID_ENV
+from orchestrator.killing import RUN_ID_ENV
 from tests.conftest import bundled_cli, write_agent
 
 ROOT = Path(__file__).parent.parent

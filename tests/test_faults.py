@@ -12,8 +12,8 @@ import psutil
 import pytest
 
 from orchestrator.delegation import delegate
+from orchestrator.killing import RUN_ID_ENV
 from orchestrator.outcome import Outcome
-from orchestrator.process import RUN_ID_ENV
 from orchestrator.runtime import Runtime
 from orchestrator.task import Task
 from orchestrator.testing import Fault, ModelServer, Reply, Rule

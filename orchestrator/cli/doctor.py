@@ -17,7 +17,7 @@ from orchestrator.backends.claude_binary import candidates, find_binary, version
 from orchestrator.cli.common import as_json, config_of, print_json, run_async
 from orchestrator.config import Config
 from orchestrator.errors import OrchestratorError
-from orchestrator.process import death_signal_prefix
+from orchestrator.killing import death_signal_prefix
 from orchestrator.runtime import agent_roots
 from orchestrator.store import open_store
 from orchestrator.telemetry import endpoint_of

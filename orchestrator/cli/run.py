@@ -18,11 +18,11 @@ from orchestrator.config import Config
 from orchestrator.delegation import cancel
 from orchestrator.errors import PlanError, RunNotFoundError
 from orchestrator.events import Event, Watcher
+from orchestrator.killing import RUN_ID_ENV
 from orchestrator.offline import offline_model, offline_settings, scenario_beside
 from orchestrator.outcome import Outcome
 from orchestrator.plan_runs import submit_plan
 from orchestrator.plans import load_plan
-from orchestrator.process import RUN_ID_ENV
 from orchestrator.runtime import Runtime, open_runtime
 from orchestrator.tracing import SpanContext
 

@@ -169,7 +169,7 @@ async def _write_ahead(connection: aiosqlite.Connection) -> None:
         except sqlite3.OperationalError as error:
             if error.sqlite_errorcode != sqlite3.SQLITE_BUSY or anyio.current_time() > give_up_at:
                 raise
-            await anyio.sleep(random.uniform(0.001, 0.02))
+            await anyio.sleep(random.uniform(0.001, 0.02))  # noqa: S311  # to spread them out, no secret
         else:
             return
 
