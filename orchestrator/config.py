@@ -14,7 +14,7 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from types import NoneType, UnionType
-from typing import Any, get_args
+from typing import Any, Literal, get_args
 
 import yaml
 from dotenv import dotenv_values
@@ -63,10 +63,59 @@ class LimitsConfig(_Section):
     max_depth: int = Field(3, ge=1, description="How deep delegation may nest; a top-level run has depth 1.")
     max_processes: int = Field(8, ge=1, description="CLI processes at once; further runs wait.")
     budget_usd: float | None = Field(None, ge=0, description="Budget of a run that names none.")
-    max_turns: int | None = Field(None, ge=1, description="Model turns of a run that names none.")
+    budget_tokens: int | None = Field(None, ge=0, description="Tokens of a run that names no budget of them.")
+    max_turns: int | None = Field(None, ge=0, description="Model requests of a run that names none.")
+    max_runs: int | None = Field(None, ge=0, description="Runs that may be started below one that names none.")
+    on_unknown_cost: Literal["allow", "refuse"] = Field(
+        "allow", description="Whether models without a known price may run where money is limited."
+    )
     timeout_s: float = Field(3600, gt=0, description="Wall time of a run that names none.")
     idle_timeout_s: float = Field(900, gt=0, description="Silence of a run that names none.")
+    park: bool = Field(True, description="Whether runs wait for the end of a usage limit of the provider.")
+    max_park_s: float = Field(6 * 3600, ge=0, description="How long one run may wait for that in all.")
+    park_stagger_s: float = Field(30, ge=0, description="Over how many seconds waiting runs come back.")
+    rate: str | None = Field(None, description="Beginnings of runs at most, such as 10/60s; further ones wait.")
+    max_queue: int = Field(100, ge=0, description="Runs that may wait for a process; one more is refused.")
     max_prompt_bytes: int = Field(10 * 1024 * 1024, ge=1, description="Longest prompt accepted, in UTF-8.")
+    allowed_dirs: tuple[Path, ...] | None = Field(
+        None,
+        description="Where alone runs may work, beside project_dir; none: only what models ask for is bounded.",
+    )
+
+
+class PoolConfig(_Section):
+    """CLI processes that are kept for runs to come. Times are seconds, memory is MB."""
+
+    warm: dict[str, int] = Field(
+        {}, description="Agents to keep warm processes for, and how many, whatever demand says."
+    )
+    max_idle: int = Field(4, ge=0, description="Warm processes at most; 0 keeps none.")
+    idle_s: float = Field(300, gt=0, description="How long a warm process may wait before it is replaced.")
+    max_sessions: int = Field(4, ge=0, description="Sessions kept in a living process between turns; 0: none.")
+    session_idle_s: float = Field(300, ge=0, description="How long such a process waits for the next turn.")
+    max_starts: int | None = Field(None, ge=1, description="Processes that start at once; default: the CPUs.")
+    memory_mb: float | None = Field(None, gt=0, description="For all processes; default: half of the machine's.")
+
+
+class RetryConfig(_Section):
+    """Giving a turn to another process when one ended before it said anything. Times are seconds."""
+
+    codes: tuple[str, ...] = Field(("cli_exit",), description="Error codes that are retried.")
+    max_retries: int = Field(1, ge=0, description="Attempts after the first.")
+    base_delay_s: float = Field(0.1, ge=0, description="Wait before the first of them.")
+    max_delay_s: float = Field(30.0, ge=0, description="Longest wait of our own choice.")
+    exponential_base: float = Field(2.0, ge=1, description="Each wait is this many times the one before.")
+    jitter: float = Field(0.1, ge=0, le=1, description="Share of a wait that is left to chance.")
+    max_retry_after_s: float = Field(60.0, ge=0, description="Longest retry_after worth waiting for.")
+
+
+class BreakerConfig(_Section):
+    """When no run is begun because those before failed, for each CLI login. Times are seconds."""
+
+    failure_threshold: int = Field(5, ge=1, description="Failures in a row that open it.")
+    success_threshold: int = Field(2, ge=1, description="Successful probes that close it again.")
+    reset_timeout_s: float = Field(30.0, gt=0, description="How long it stays open before a probe.")
+    half_open_max_calls: int = Field(1, ge=1, description="Probes at once.")
 
 
 class AgentsConfig(_Section):
@@ -97,9 +146,10 @@ class ServerConfig(_Section):
 
 
 class TelemetryConfig(_Section):
-    """Spans. Where they go is said by the standard OTEL_* variables."""
+    """Spans and metrics. Where they go is said by the standard OTEL_* variables."""
 
-    enabled: bool = Field(True, description="Whether spans are sent when an OTLP endpoint is configured.")
+    enabled: bool = Field(True, description="Whether telemetry is sent when an OTLP endpoint is configured.")
+    metrics: bool = Field(True, description="Whether metrics are sent too.")
     cli_spans: bool = Field(True, description="Whether the agents' CLIs send their own spans too.")
     content: bool = Field(False, description="Whether prompts and answers are put on spans.")
 
@@ -113,6 +163,18 @@ class LogConfig(_Section):
     format: str = Field("console", pattern="^(console|json)$", description="console or json.")
 
 
+class FallbackConfig(_Section):
+    """Answers over the Messages API where the CLI cannot give one, billed to the API key. Times are seconds."""
+
+    enabled: bool = Field(False, description="Whether tasks that need no tools may be answered over the API.")
+    on_cli_unavailable: bool = Field(True, description="When the CLI is missing, does not start or dies at once.")
+    on_circuit_open: bool = Field(True, description="When a circuit breaker keeps the CLI from being asked.")
+    on_timeout: bool = Field(False, description="When the CLI stays silent until a time-out.")
+    models: dict[str, str] = Field({}, description="The API's model ids for the CLI's aliases.")
+    max_tokens: int = Field(4096, ge=1, description="Longest answer asked of the API.")
+    timeout_s: float = Field(300, gt=0, description="How long the API may be silent.")
+
+
 class Config(_Section):
     """All settings. ``origin`` maps each dotted setting that is not a default to where its value came from."""
 
@@ -121,6 +183,10 @@ class Config(_Section):
     )
     claude: ClaudeConfig = ClaudeConfig()
     limits: LimitsConfig = LimitsConfig()
+    pool: PoolConfig = Field(default_factory=PoolConfig)
+    retry: RetryConfig = RetryConfig()
+    breaker: BreakerConfig = BreakerConfig()
+    fallback: FallbackConfig = FallbackConfig()
     agents: AgentsConfig = Field(default_factory=AgentsConfig)
     store: StoreConfig = StoreConfig()
     server: ServerConfig = ServerConfig()

@@ -149,12 +149,70 @@ class DepthLimitError(LimitError):
     advice = "Do this work yourself instead of delegating it further."
 
 
+class QueueFullError(LimitError):
+    """So many runs wait for a process that another would not begin soon. ``retry_after`` is an estimate."""
+
+    code = "queue_full"
+    retryable = True
+    scope: Scope = "host"
+    advice = "Try again after retry_after seconds, ask to wait (on_full: wait), or raise limits.max_queue."
+
+
 class BudgetExceededError(LimitError):
     """The run's own budget or that of a run above it is used up."""
 
     code = "budget_exceeded"
     exit_code = 4
     advice = "Raise the budget if the work is worth it; what was done so far is kept on the run."
+
+
+class RateLimitExceededError(LimitError):
+    """A rate limit of our own asks for a longer wait than the caller allows. ``retry_after`` is that wait."""
+
+    code = "rate_limit_exceeded"
+    retryable = True
+    scope: Scope = "host"
+    advice = "Try again after retry_after seconds, wait longer, or raise the rate."
+
+
+class ConcurrencyLimitExceededError(LimitError):
+    """No place came free among the calls that may run at once. ``retry_after`` is an estimate."""
+
+    code = "concurrency_limit_exceeded"
+    retryable = True
+    scope: Scope = "host"
+    advice = "Try again after retry_after seconds, wait longer, or allow more at once."
+
+
+class CircuitOpenError(OrchestratorError):
+    """A circuit breaker lets no call through for now: too many failed, or a usage limit is known to be reached."""
+
+    code = "circuit_open"
+    retryable = True
+    scope: Scope = "provider"
+    advice = "Wait retry_after seconds; details name the circuit and what opened it."
+
+
+class RetryExhaustedError(OrchestratorError):
+    """Every retry failed too. The last error is the cause, and ``details["last_error"]`` as plain data."""
+
+    code = "retry_exhausted"
+    advice = "See details.last_error; trying again at once is unlikely to help."
+
+
+class UnknownCostError(LimitError):
+    """The model has no known price, money is limited, and ``limits.on_unknown_cost`` is ``refuse``."""
+
+    code = "unknown_cost"
+    advice = "Choose a model with a known price, or set limits.on_unknown_cost: allow; such costs stay unknown."
+
+
+class ReachError(OrchestratorError):
+    """A directory is none that the task may work in. ``details`` has ``path`` and ``allowed``."""
+
+    code = "reach"
+    exit_code = 2
+    advice = "Name a directory inside one of those, or add it to limits.allowed_dirs in orchestrator.yaml."
 
 
 class BackendError(OrchestratorError):
@@ -182,6 +240,17 @@ class CLIStartError(BackendError):
     code = "cli_start"
     scope: Scope = "host"
     advice = "Run `orchestrator doctor`; the end of the CLI's stderr is in the error."
+
+
+class SandboxUnavailableError(BackendError):
+    """The agent's file says ``sandbox: required`` and the CLI cannot run commands in a sandbox here."""
+
+    code = "sandbox_unavailable"
+    scope: Scope = "host"
+    advice = (
+        "Install bubblewrap and socat (macOS has what is needed), or run the agent where they are; "
+        "`orchestrator doctor` says what is missing."
+    )
 
 
 class CLIExitError(BackendError):
