@@ -1,47 +1,58 @@
 """Logs: on stderr only, because stdout belongs to MCP and to scripts; with the run's id; never a secret.
 
-Prompts and answers are not logged above DEBUG level. What looks like a key is masked wherever it comes from.
+Prompts and answers are not logged above DEBUG level. Whole lines are redacted, so that it does not matter whether a
+secret came with the message, with one of its arguments or with an exception.
 """
 
 import json
 import logging
-import re
 import sys
 from datetime import UTC, datetime
 
 from orchestrator.config import LogConfig
+from orchestrator.redaction import Redactor
 
-_SECRET = re.compile(r"(sk-ant-[\w-]{4})[\w-]+|(Bearer\s+)[\w.~+/-]+=*", re.IGNORECASE)
+_LOGGERS = ("orchestrator", "mcp_tools", "opentelemetry")
 
 
-def configure_logging(config: LogConfig) -> None:
-    """Send the package's logs, and what OpenTelemetry says of its collector, to stderr in the configured form."""
+def configure_logging(config: LogConfig, redact: Redactor | None = None) -> None:
+    """Send the package's logs, and what OpenTelemetry says of its collector, to stderr in the configured form.
+
+    ``redact`` takes secrets out of them; by default it knows only the shapes of keys.
+    """
     handler = logging.StreamHandler(sys.stderr)
-    handler.setFormatter(JsonFormatter() if config.format == "json" else ConsoleFormatter())
-    for name in ("orchestrator", "mcp_tools", "opentelemetry"):
-        logger = logging.getLogger(name)
+    handler.setFormatter((JsonFormatter if config.format == "json" else ConsoleFormatter)(redact))
+    for logger in map(logging.getLogger, _LOGGERS):
         logger.handlers[:] = [handler]
         logger.setLevel(config.level.upper())
         logger.propagate = False
 
 
-def mask(text: str) -> str:
-    """Replace what looks like a key or a bearer token."""
-    return _SECRET.sub(lambda match: f"{match[1] or match[2]}***", text)
+def redact_logs(redact: Redactor) -> None:
+    """Have logs that are configured already redacted with ``redact``, which knows more than the shapes of keys."""
+    for logger in map(logging.getLogger, _LOGGERS):
+        for handler in logger.handlers:
+            if isinstance(handler.formatter, ConsoleFormatter | JsonFormatter):
+                handler.formatter.redact = redact
 
 
 class ConsoleFormatter(logging.Formatter):
     """``12:00:01 WARNING orchestrator.store: …``"""
 
-    def __init__(self) -> None:
+    def __init__(self, redact: Redactor | None = None) -> None:
         super().__init__("%(asctime)s %(levelname)s %(name)s: %(message)s", "%H:%M:%S")
+        self.redact = redact or Redactor()
 
     def format(self, record: logging.LogRecord) -> str:
-        return mask(super().format(record))
+        return self.redact.text(super().format(record))
 
 
 class JsonFormatter(logging.Formatter):
     """One JSON object per line: time, level, logger, message, and the run's id where there is one."""
+
+    def __init__(self, redact: Redactor | None = None) -> None:
+        super().__init__()
+        self.redact = redact or Redactor()
 
     def format(self, record: logging.LogRecord) -> str:
         line = {
@@ -54,4 +65,4 @@ class JsonFormatter(logging.Formatter):
             line["run_id"] = run_id
         if record.exc_info:
             line["exception"] = self.formatException(record.exc_info)
-        return mask(json.dumps(line, ensure_ascii=False))
+        return self.redact.json(json.dumps(line, ensure_ascii=False))

@@ -13,9 +13,11 @@ import anyio
 import psutil
 
 from orchestrator.errors import RunInterruptedError, RunNotFoundError, SessionBusyError, SessionNotFoundError
+from orchestrator.limits import Budget, Limits, Spent
 from orchestrator.outcome import ENDED
+from orchestrator.redaction import Redactor
 from orchestrator.store.database import Database, Statement, StoreError, open_sqlite
-from orchestrator.store.rows import Run, RunFilters, SessionRow, StoredMessage, to_json
+from orchestrator.store.rows import Run, RunFilters, SessionRow, StoredMessage, to_columns, to_json
 
 __all__ = [
     "ENDED",
@@ -38,13 +40,16 @@ def now_us() -> int:
 
 
 @asynccontextmanager
-async def open_store(path: Path, *, kind: InstanceKind = "library") -> AsyncIterator["Store"]:
+async def open_store(
+    path: Path, *, kind: InstanceKind = "library", redact: Redactor | None = None
+) -> AsyncIterator["Store"]:
     """Open the store at ``path`` and register this process as an instance that may own runs.
 
-    Raises StoreError when the file cannot be used.
+    ``redact`` takes secrets out of what is written; by default it knows only the shapes of keys. Raises StoreError
+    when the file cannot be used.
     """
     async with open_sqlite(path) as database:
-        store = Store(database, secrets.token_hex(8))
+        store = Store(database, secrets.token_hex(8), redact or Redactor())
         await store.register_instance(kind)
         try:
             yield store
@@ -54,10 +59,14 @@ async def open_store(path: Path, *, kind: InstanceKind = "library") -> AsyncIter
 
 
 class Store:
-    """Typed methods over a Database. Everything that changes state returns after it is committed."""
+    """Typed methods over a Database. Everything that changes state returns after it is committed.
 
-    def __init__(self, database: Database, instance_id: str) -> None:
+    What is written is redacted here, so that no secret reaches the file or its write-ahead log.
+    """
+
+    def __init__(self, database: Database, instance_id: str, redact: Redactor) -> None:
         self._db = database
+        self.redact = redact
         self.instance_id = instance_id
 
     # -- instances: who works on which run ---------------------------------------------------------------
@@ -83,6 +92,17 @@ class Store:
         sql = "UPDATE instances SET ended_us = :now WHERE id = :id"
         await self._db.write_soon((sql, {"now": now_us(), "id": self.instance_id}))
 
+    async def bury_dead_instances(self) -> list[str]:
+        """Mark the instances of this host whose process is gone as ended; returns their ids."""
+        rows = await self._db.all(
+            "SELECT * FROM instances WHERE ended_us IS NULL AND host = :host", {"host": socket.gethostname()}
+        )
+        dead = [row["id"] for row in rows if not _is_alive(row["pid"], row["pid_created"])]
+        sql = "UPDATE instances SET ended_us = :now WHERE id = :id"
+        if dead:
+            await self._db.write(*((sql, {"now": now_us(), "id": instance}) for instance in dead))
+        return dead
+
     async def interrupt_abandoned(self) -> list[Run]:
         """Mark the unfinished runs of instances that are gone as ``interrupted``, and free their sessions.
 
@@ -104,13 +124,27 @@ class Store:
         where = "instance_id = :instance AND ended_us IS NULL"
         rows = await self._db.all(f"SELECT * FROM runs WHERE {where}", {"instance": instance_id})
         error = RunInterruptedError("the process that worked on this run ended without finishing it")
-        params = {"instance": instance_id, "now": now_us(), "error": to_json(error.to_dict())}
+        # Whoever allowed it to wait is gone: nothing takes it up again by itself.
+        parked = RunInterruptedError(
+            "the process that kept this run waiting for the end of a usage limit ended; the run was not resumed",
+            advice="Continue its session once the limit is over: what was done before it is kept there.",
+        )
+        params = {
+            "instance": instance_id,
+            "now": now_us(),
+            "error": to_json(error.to_dict()),
+            "parked": to_json(parked.to_dict()),
+        }
         await self._db.write(
             (
                 f"UPDATE sessions SET locked_by = NULL WHERE locked_by IN (SELECT id FROM runs WHERE {where})",
                 params,
             ),
-            (f"UPDATE runs SET status = 'interrupted', ended_us = :now, error = :error WHERE {where}", params),
+            (
+                "UPDATE runs SET status = 'interrupted', ended_us = :now,"
+                f" error = CASE status WHEN 'waiting' THEN :parked ELSE :error END WHERE {where}",
+                params,
+            ),
             ("UPDATE instances SET ended_us = coalesce(ended_us, :now) WHERE id = :instance", params),
         )
         return [Run.of(row) for row in rows]
@@ -118,7 +152,7 @@ class Store:
     # -- runs ---------------------------------------------------------------------------------------------
 
     async def create_run(self, run: Run) -> None:
-        columns = run.columns()
+        columns = run.columns(self.redact)
         names = ", ".join(columns)
         marks = ", ".join(f":{name}" for name in columns)
         await self._db.write((f"INSERT INTO runs ({names}) VALUES ({marks})", columns))
@@ -129,11 +163,17 @@ class Store:
 
     async def update_run(self, run_id: str, **fields: Any) -> None:
         """Change columns of an unfinished run; committed when this returns."""
-        await self._db.write(_update(run_id, fields))
+        await self._db.write(_update(run_id, to_columns(fields, self.redact)))
+
+    async def begin_run(self, run: Run, session: SessionRow | None) -> None:
+        """Store that the run is at work, and the session it begins if it begins one, in one transaction."""
+        fields = {name: getattr(run, name) for name in ("status", "started_us", "session_id", "fallback")}
+        statements = [_update(run.id, to_columns(fields, self.redact))]
+        await self._db.write(*statements, *([_insert_session(session)] if session else []))
 
     async def note_progress(self, run_id: str, **fields: Any) -> None:
         """Change columns of an unfinished run soon, without waiting for the disk."""
-        await self._db.write_soon(_update(run_id, fields))
+        await self._db.write_soon(_update(run_id, to_columns(fields, self.redact)))
 
     async def request_cancel(self, run_id: str) -> None:
         """Ask whichever process works on the run to cancel it."""
@@ -149,7 +189,7 @@ class Store:
 
     async def finish_run(self, run: Run) -> None:
         """Store a run's end and free its session, in one transaction. A run ends once: later ends are ignored."""
-        columns = run.columns()
+        columns = run.columns(self.redact)
         sets = ", ".join(f"{name} = :{name}" for name in columns if name not in ("id", "cancel_requested"))
         await self._db.write(
             ("UPDATE sessions SET locked_by = NULL WHERE locked_by = :id", {"id": run.id}),
@@ -187,17 +227,29 @@ class Store:
         )
         return [Run.of(row) for row in rows]
 
-    async def rest_of_budget(self, run_id: str) -> float | None:
-        """What the run and those above it have left in USD, by what is recorded now; None if nothing limits it."""
-        rests = []
+    async def rest_of_budget(self, run_id: str) -> Limits:
+        """What the run and those above it have left, by what is recorded now."""
+        budget: Budget | None = None
+        chain: list[Run] = []
         above: str | None = run_id
         while above is not None:
-            run = await self.run(above)
-            if run.budget_usd is not None:
-                spent = sum(each.cost_usd or 0.0 for each in await self.tree(above) if each.kind == "agent")
-                rests.append(max(0.0, run.budget_usd - spent))
-            above = run.parent_id
-        return min(rests) if rests else None
+            chain.append(await self.run(above))
+            above = chain[-1].parent_id
+        for run in reversed(chain):
+            budget = Budget(**{"usd": run.budget_usd, **run.options.get("limits", {})}, parent=budget)
+            if run.started_us is not None:
+                budget.began = time.monotonic() - (now_us() - run.started_us) / 1e6
+            # Each level is charged on its own: the sums over all below are read, not added up the tree.
+            below = await self.tree(run.id)
+            agents = [each for each in below if each.kind == "agent"]
+            budget.spent = Spent(
+                sum(each.cost_usd or 0.0 for each in agents),
+                sum(each.usage.total_tokens for each in agents),
+                sum(each.num_turns for each in agents),
+                len(below) - 1,
+            )
+        assert budget is not None
+        return budget.left
 
     # -- messages -----------------------------------------------------------------------------------------
 
@@ -213,7 +265,7 @@ class Store:
                     "at": now_us(),
                     "type": kind,
                     "subtype": subtype,
-                    "body": to_json(body),
+                    "body": self.redact.json(to_json(body) or "null"),
                 },
             )
         )
@@ -229,9 +281,7 @@ class Store:
 
     async def begin_session(self, session: SessionRow) -> None:
         """Record a new session, held by the run named in ``locked_by``."""
-        columns = session.model_dump()
-        names, marks = ", ".join(columns), ", ".join(f":{name}" for name in columns)
-        await self._db.write((f"INSERT INTO sessions ({names}) VALUES ({marks})", columns))
+        await self._db.write(_insert_session(session))
 
     async def hold_session(self, session_id: str, run_id: str) -> None:
         """Take the session for a run. Raises SessionBusyError while another run holds it."""
@@ -314,6 +364,12 @@ _FILTERS = {
 def _update(run_id: str, fields: dict[str, Any]) -> Statement:
     sets = ", ".join(f"{name} = :{name}" for name in fields)
     return f"UPDATE runs SET {sets} WHERE id = :run_id AND ended_us IS NULL", {**fields, "run_id": run_id}
+
+
+def _insert_session(session: SessionRow) -> Statement:
+    columns = session.model_dump()
+    names, marks = ", ".join(columns), ", ".join(f":{name}" for name in columns)
+    return f"INSERT INTO sessions ({names}) VALUES ({marks})", columns
 
 
 def _is_alive(pid: int, created: float) -> bool:

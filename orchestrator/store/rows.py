@@ -7,10 +7,14 @@ from typing import Any, Literal, Self, TypedDict
 from pydantic import BaseModel, ConfigDict
 
 from orchestrator.outcome import ENDED, Outcome, RunStatus, Usage
+from orchestrator.redaction import Redactor
 
 
 class Run(BaseModel):
-    """One run. Times are microseconds since 1970 UTC; ``cost_usd`` None means unknown."""
+    """One run. Times are microseconds since 1970 UTC; ``cost_usd`` None means unknown.
+
+    ``resume_at_us`` is when a ``waiting`` run goes on; ``fallback`` the CLI's error if the API answered instead.
+    """
 
     model_config = ConfigDict(extra="forbid")
 
@@ -51,7 +55,9 @@ class Run(BaseModel):
     created_us: int
     started_us: int | None = None
     ended_us: int | None = None
+    resume_at_us: int | None = None
     cancel_requested: bool = False
+    fallback: dict[str, Any] | None = None
     instance_id: str
 
     @classmethod
@@ -96,10 +102,9 @@ class Run(BaseModel):
             error=self.error,
         )
 
-    def columns(self) -> dict[str, Any]:
-        """The row as SQL parameters."""
-        data = self.model_dump()
-        return data | {name: to_json(data[name]) for name in _JSON}
+    def columns(self, redact: Redactor) -> dict[str, Any]:
+        """The row as SQL parameters, without secrets."""
+        return to_columns(self.model_dump(), redact)
 
 
 class RunFilters(TypedDict, total=False):
@@ -123,7 +128,10 @@ class RunFilters(TypedDict, total=False):
 
 
 #: Columns that hold JSON.
-_JSON = ("structured", "error", "agent", "options", "caller")
+_JSON = ("fallback", "structured", "error", "agent", "options", "caller")
+#: Columns that hold what people and models wrote. Not ``source``: a plan that is resumed runs from it once more,
+#: and with a marker in place of a value it would be another plan. Nor ids, names and paths: they find things.
+_TEXTS = ("prompt", "text")
 
 
 class StoredMessage(BaseModel):
@@ -154,6 +162,13 @@ class SessionRow(BaseModel):
     locked_by: str | None = None
     created_us: int
     updated_us: int
+
+
+def to_columns(fields: Mapping[str, Any], redact: Redactor) -> dict[str, Any]:
+    """Fields of a run as SQL parameters, without secrets."""
+    texts = {name: redact.text(fields[name]) for name in _TEXTS if isinstance(fields.get(name), str)}
+    documents = {name: to_json(fields[name]) for name in _JSON if name in fields}
+    return {**fields, **texts, **{name: text and redact.json(text) for name, text in documents.items()}}
 
 
 def to_json(value: Any) -> str | None:

@@ -42,3 +42,29 @@ RUN_COST_BASIS = "orchestrator.run.cost_basis"
 RUN_STEP = "orchestrator.run.step"
 RUN_DEPTH = "orchestrator.run.depth"
 SESSION_MODE = "orchestrator.session.mode"
+
+# Metrics. The conventions are changing from one histogram of tokens to counters of each kind: both are sent.
+TOKEN_USAGE = "gen_ai.client.token.usage"  # noqa: S105  # tokens of a model
+TOKEN_TYPE = "gen_ai.token.type"  # noqa: S105
+INPUT_TOKENS_USED = "gen_ai.client.inference.usage.input_tokens"
+OUTPUT_TOKENS_USED = "gen_ai.client.inference.usage.output_tokens"
+CACHE_READ_TOKENS_USED = "gen_ai.client.inference.usage.cache_read.input_tokens"
+CACHE_WRITE_TOKENS_USED = "gen_ai.client.inference.usage.cache_write.input_tokens"
+TOKEN_MODALITY = "gen_ai.token.modality"  # noqa: S105
+AGENT_DURATION = "gen_ai.invoke_agent.duration"
+WORKFLOW_DURATION = "gen_ai.invoke_workflow.duration"
+
+RUNS = "orchestrator.runs"
+COST = "orchestrator.cost"
+POOL_HITS = "orchestrator.pool.hits"
+POOL_SESSION_HITS = "orchestrator.pool.session_hits"
+POOL_COLD_STARTS = "orchestrator.pool.cold_starts"
+POOL_REFILLS = "orchestrator.pool.refills"
+POOL_WAITS = "orchestrator.pool.waits"
+POOL_REFUSED = "orchestrator.pool.refused"
+POOL_RETIRED = "orchestrator.pool.retired"
+POOL_PROCESSES = "orchestrator.pool.processes"
+POOL_QUEUE = "orchestrator.pool.queue.length"
+POOL_MEMORY = "orchestrator.pool.memory"
+POOL_PHASE = "orchestrator.pool.phase"
+POOL_REASON = "orchestrator.pool.reason"

@@ -3,9 +3,10 @@
 import hashlib
 import json
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
+from orchestrator.redaction import Redactor
 from orchestrator.store import Run, StoredMessage
 from orchestrator.telemetry import names
 
@@ -44,7 +45,17 @@ def run_span(run: Run, *, content: bool = False) -> SpanData:
     )
 
 
-_FINE = ("succeeded", "running", "queued")
+def without_secrets(span: SpanData, redact: Redactor) -> SpanData:
+    """The span with what it says of the run redacted."""
+    return replace(
+        span,
+        name=redact.text(span.name),
+        attributes=redact.data(span.attributes),
+        error=redact.text(span.error) if span.error else span.error,
+    )
+
+
+_FINE = ("succeeded", "running", "waiting", "queued")
 
 
 def _identity(run: Run, operation: str) -> dict[str, Any]:

@@ -48,7 +48,9 @@ CREATE TABLE runs (
     created_us       INTEGER NOT NULL,
     started_us       INTEGER,
     ended_us         INTEGER,
+    resume_at_us     INTEGER,               -- of a waiting run: when a usage limit of the provider ends
     cancel_requested INTEGER NOT NULL DEFAULT 0, -- asked for by another process; the owner acts on it
+    fallback         TEXT,                  -- JSON: the CLI's error, where the API answered in its place
     instance_id      TEXT NOT NULL
 );
 CREATE INDEX runs_by_parent ON runs (parent_id);
