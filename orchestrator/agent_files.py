@@ -35,7 +35,8 @@ class Agent(BaseModel):
 
     ``tools``: None is every tool, an empty tuple none. ``model`` is an alias or an id; None leaves the choice
     to preference and config. ``mcp_servers`` maps names to configurations as in ``--mcp-config``.
-    ``max_turns`` counts model turns, ``auto_compact_window`` tokens. ``digest`` is the SHA-256 of the file.
+    ``max_turns`` counts model turns, ``auto_compact_window`` tokens. ``sandbox`` is a key of our own: every shell
+    command runs in the CLI's sandbox, or the agent does not run. ``digest`` is the SHA-256 of the file.
     ``extra`` has the keys the format does not know.
     """
 
@@ -65,6 +66,7 @@ class Agent(BaseModel):
     observer_message: str | None = None
     observe_subagents: bool | None = None
     cache_ttl: str | None = None
+    sandbox: Literal["required"] | None = None
     extra: dict[str, Any] = {}
     source: Source
     path: Path
@@ -196,7 +198,7 @@ def _choose_one(key: str, found: list[Entry], warnings: list[str]) -> Entry:
 def _unknown_key(entry: Entry, chosen: dict[str, Entry]) -> str:
     """The warning for an unknown key. Raises if it may be a restriction that would be lost."""
     guarded = VOCABULARY.nearest_guarded(entry.key)
-    if guarded in ("tools", "disallowedTools") and guarded not in chosen:
+    if guarded in ("tools", "disallowedTools", "sandbox") and guarded not in chosen:
         raise FrontmatterError(entry.line, f"unknown key {entry.key!r}; did you mean {guarded!r}?")
     nearest = VOCABULARY.nearest(entry.key)
     hint = f"; did you mean {nearest!r}?" if nearest else ""

@@ -1,8 +1,8 @@
 """The keys of an agent file: what they are called, how each value is read, what is said about it. Pure.
 
 The rule for values that make no sense: a key that restricts the agent (``tools``, ``disallowedTools``,
-``permissionMode``, ``hooks``, ``isolation``) refuses the file, because to leave it out would give the agent
-more than its author meant; any other key is left out with a warning. The CLI leaves out both without a word.
+``permissionMode``, ``hooks``, ``isolation``, ``sandbox``) refuses the file, because to leave it out would give the
+agent more than its author meant; any other key is left out with a warning. The CLI leaves out both without a word.
 """
 
 import re
@@ -88,6 +88,12 @@ def _isolation(entry: Entry) -> str | None:
     if entry.value not in ISOLATIONS:
         raise FrontmatterError(entry.line, f"isolation: expected one of {', '.join(ISOLATIONS)}")
     return str(entry.value)
+
+
+def _sandbox(entry: Entry) -> str | None:
+    if entry.value not in (None, "required"):
+        raise FrontmatterError(entry.line, "sandbox: the only value is required; leave the key out for no sandbox")
+    return None if entry.value is None else "required"
 
 
 def _permission_mode(entry: Entry) -> str | None:
@@ -194,12 +200,13 @@ FIELDS: dict[str, Field] = {
     "observerMessage": Field("observer_message", _text, applied=False),
     "observeSubagents": Field("observe_subagents", _flag, applied=False),
     "cacheTtl": Field("cache_ttl", _text, applied=False),
+    "sandbox": Field("sandbox", _sandbox),
 }
 
 VOCABULARY = Vocabulary(
     known=frozenset(FIELDS),
     prose=frozenset({"description", "initialPrompt", "observerMessage"}),
-    guarded=frozenset({"tools", "disallowedTools", "permissionMode", "hooks", "isolation"}),
+    guarded=frozenset({"tools", "disallowedTools", "permissionMode", "hooks", "isolation", "sandbox"}),
     aliases={"allowedtools": "tools"},  # the key of skills and commands, often met in agents
 )
 

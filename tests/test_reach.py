@@ -1,15 +1,23 @@
-"""What is configured or asked for reaches the model request of the real CLI."""
+"""What is configured or asked for reaches the model request of the real CLI; directories within reach of a task."""
 
 import json
+import os
+import tempfile
 from collections.abc import Callable
 from contextlib import AbstractAsyncContextManager
 from pathlib import Path
 
 import anyio
+import pytest
 import yaml
+from hypothesis import example, given
+from hypothesis import settings as settings_of_hypothesis
+from hypothesis import strategies as st
 
 from orchestrator.config import load_config
 from orchestrator.delegation import delegate
+from orchestrator.errors import ReachError
+from orchestrator.reach import allowed_dirs, asked_by_model, check_reach, check_unmoved, resolved
 from orchestrator.runtime import Runtime, open_runtime
 from orchestrator.task import Task
 from orchestrator.testing import Fault, ModelServer, Reply, Rule, ToolUse
@@ -167,3 +175,129 @@ async def test_a_proxy_is_not_in_the_way_to_loopback(runtime: Open, model: Model
         async with runtime(env={"HTTP_PROXY": "http://127.0.0.1:9", "HTTPS_PROXY": "http://127.0.0.1:9"}) as rt:
             outcome = await delegate(rt, Task(agent="helper", prompt="go"))
     assert outcome.ok, outcome.error
+
+
+# -- where runs may work ------------------------------------------------------------------------------------
+
+PROJECT, AGENT_CWD, WORKSPACES, MORE = map(Path, ("/srv/project", "/srv/other", "/data/workspaces", "/srv/more"))
+
+
+def allowed(
+    *,
+    configured: tuple[Path, ...] | None = None,
+    project: Path = PROJECT,
+    parent_cwd: Path | None = None,
+    by_model: bool = True,
+) -> tuple[Path, ...] | None:
+    return allowed_dirs(
+        configured=configured, project_dir=PROJECT, project=project, parent_cwd=parent_cwd, workspaces=WORKSPACES,
+        by_model=by_model,
+    )  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("caller", "parent", "plan_by_model", "expected"),
+    [
+        (False, None, False, False),
+        (True, None, False, True),
+        (False, "agent", False, True),
+        (False, "plan", False, False),
+        (False, "plan", True, True),
+    ],
+)
+def test_who_chose_the_directory(caller: bool, parent: str | None, plan_by_model: bool, expected: bool) -> None:
+    assert asked_by_model(caller=caller, parent_kind=parent, plan_by_model=plan_by_model) is expected
+
+
+def test_people_may_name_any_directory_until_some_are_configured() -> None:
+    assert allowed(by_model=False) is None
+    check_reach([Path("/anywhere")], allowed(by_model=False))
+    with pytest.raises(ReachError) as caught:
+        check_reach([Path("/anywhere")], allowed(by_model=False, configured=(MORE,)))
+    assert "limits.allowed_dirs" in caught.value.advice
+    assert caught.value.details["allowed"] == [str(PROJECT), str(MORE), str(WORKSPACES)]
+
+
+@pytest.mark.parametrize("inside", [PROJECT, PROJECT / "src", AGENT_CWD / "x", WORKSPACES / "run"])
+def test_models_stay_in_the_project_their_own_directory_and_workspaces(inside: Path) -> None:
+    check_reach([inside], allowed(parent_cwd=AGENT_CWD))
+
+
+@pytest.mark.parametrize("outside", [Path("/"), Path("/srv"), Path("/srv/project-2"), MORE, Path("/data")])
+def test_models_do_not_get_elsewhere(outside: Path) -> None:
+    with pytest.raises(ReachError, match=f"^{outside} is outside"):
+        check_reach([PROJECT, outside], allowed(parent_cwd=AGENT_CWD))
+
+
+def test_a_claimed_project_adds_nothing_to_configured_directories() -> None:
+    check_reach([MORE / "x", PROJECT], allowed(configured=(MORE,), project=Path("/")))
+    with pytest.raises(ReachError):
+        check_reach([Path("/etc")], allowed(configured=(MORE,), project=Path("/"), parent_cwd=Path("/etc")))
+    with pytest.raises(ReachError):
+        check_reach([MORE], allowed(configured=(), project=MORE))
+
+
+_NAMES = ("in", "out", "a", "b", "link", "loop", "gone")
+_PATHS = st.lists(st.sampled_from((*_NAMES, "..", ".", "")), max_size=7).map("/".join)
+_LINKS = st.lists(st.tuples(_PATHS, st.sampled_from(_NAMES), st.booleans(), _PATHS), max_size=6)
+
+
+def _stands_in(path: Path, folder: Path) -> bool:
+    """Whether the directory that ``path`` really is has ``folder`` above it, asked of the system step by step."""
+    top, wanted, here = Path("/").stat(), folder.stat(), path.stat()
+    while not os.path.samestat(here, wanted):
+        if os.path.samestat(here, top):
+            return False
+        path = path / ".."
+        here = path.stat()
+    return True
+
+
+@settings_of_hypothesis(deadline=None)
+@given(links=_LINKS, path=_PATHS)
+@example(links=[("in", "link", False, "../out")], path="link/a")
+@example(links=[("in", "link", True, "out/a")], path="link/../b")
+@example(links=[("in", "a", False, "link"), ("in", "link", False, "..")], path="a/out")
+def test_no_path_leads_out_by_links_or_dots(links: list[tuple[str, str, bool, str]], path: str) -> None:
+    with tempfile.TemporaryDirectory() as name:
+        root = Path(name).resolve()
+        for folder in ("in/b", "out/a", "out/b"):
+            (root / folder).mkdir(parents=True)
+        for where, link, absolute, target in links:
+            place = root / where / link
+            # Links beside and below the root alone: what is above is not ours to fill.
+            if place.parent.is_dir() and place.parent.resolve().is_relative_to(root) and not os.path.lexists(place):
+                place.symlink_to(f"{root}/{target}" if absolute else target or ".")
+        try:
+            found = resolved(Path(path), root / "in")
+            check_reach([found], [root / "in"])
+        except ReachError:
+            accepted = False
+        else:
+            accepted = True
+        written = root / "in" / path
+        if written.is_dir():
+            assert accepted == _stands_in(written, root / "in")
+        if (
+            accepted and found.is_dir()
+        ):  # what is gone into is what was resolved, even if the path as written is none
+            assert _stands_in(found, root / "in")
+
+
+def test_what_leads_nowhere_is_refused(tmp_path: Path) -> None:
+    (tmp_path / "one").symlink_to("two")
+    (tmp_path / "two").symlink_to("one")
+    for name in ("one", "a\0b", "x" * 300):
+        with pytest.raises(ReachError, match="leads nowhere"):
+            resolved(Path(name), tmp_path)
+    assert resolved(Path("not/../yet"), tmp_path) == tmp_path.resolve() / "yet"
+
+
+def test_a_directory_replaced_by_a_link_is_noticed(tmp_path: Path) -> None:
+    place = resolved(Path("inside"), tmp_path)
+    place.mkdir()
+    check_unmoved(place)
+    place.rmdir()
+    place.symlink_to("/")
+    with pytest.raises(ReachError, match="now leads to /"):
+        check_unmoved(place)

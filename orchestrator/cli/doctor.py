@@ -1,45 +1,33 @@
 """``orchestrator doctor``: is everything in place, and what to do if not. Spends nothing, sends no prompt."""
 
-import json
-import subprocess
+import shutil
 import sys
-from collections.abc import Iterator
-from dataclasses import asdict, dataclass
+from collections.abc import Iterator, Mapping
+from contextlib import suppress
+from dataclasses import asdict, replace
 from pathlib import Path
-from typing import Any, Literal
 
 import click
 
 from orchestrator import __version__
 from orchestrator.agents import Catalog
-from orchestrator.backends.claude import environment
-from orchestrator.backends.claude_binary import candidates, find_binary, version_of
+from orchestrator.backends.claude_binary import candidates
+from orchestrator.cgroups import cgroup_support
 from orchestrator.cli.common import as_json, config_of, print_json, run_async
 from orchestrator.config import Config
 from orchestrator.errors import OrchestratorError
+from orchestrator.health import Check, HealthChecker
 from orchestrator.killing import death_signal_prefix
 from orchestrator.runtime import agent_roots
 from orchestrator.store import open_store
 from orchestrator.telemetry import endpoint_of
-
-Level = Literal["ok", "warning", "problem"]
-
-
-@dataclass(frozen=True, slots=True)
-class Check:
-    """One thing looked at; ``advice`` says what to do about it."""
-
-    name: str
-    level: Level
-    found: str
-    advice: str = ""
 
 
 @click.command("doctor")
 @as_json
 @click.pass_context
 def doctor_command(ctx: click.Context, as_json: bool) -> None:
-    """Check the installation: CLI, login, store, agents, server, telemetry. Exits with 1 on a problem."""
+    """Check the installation: CLI, login, store, runs, agents, server, telemetry. Exits with 1 on a problem."""
     import os  # noqa: PLC0415  # the environment is read here and nowhere else in this module
 
     config = config_of(ctx)
@@ -58,9 +46,8 @@ def doctor_command(ctx: click.Context, as_json: bool) -> None:
 def examine(config: Config, environ: dict[str, str]) -> Iterator[Check]:
     """Every check, in the order a person would go about it."""
     yield Check("orchestrator", "ok", f"{__version__}, Python {sys.version.split()[0]}")
-    yield from _cli(config, environ)
-    yield _store(config)
-    yield from _agents(config)
+    yield from _health(config, environ)
+    yield from _agents(config, environ)
     yield _server(config)
     endpoint = endpoint_of(environ)
     yield Check(
@@ -70,66 +57,57 @@ def examine(config: Config, environ: dict[str, str]) -> Iterator[Check]:
         yield Check(
             "setpriv", "warning", "not found", "Install util-linux, so that a killed orchestrator leaves no agent."
         )
+    if sys.platform == "linux":
+        yield _cgroups()
 
 
-def _cli(config: Config, environ: dict[str, str]) -> Iterator[Check]:
-    home = config.resolve(config.claude.home) if config.claude.home else Path(environ.get("HOME", "/"))
-    try:
-        found = find_binary(config.claude_path, environ, home)
-        assert found.path is not None
-        version = version_of(found.path)
-    except OrchestratorError as error:
-        yield Check("Claude Code CLI", "problem", error.message, error.advice)
-        return
-    yield Check("Claude Code CLI", "ok", f"{version} at {found.path} (found by {found.origin})")
-    for other in candidates(config.claude_path, environ, home):
-        if other.usable and other.path != found.path:
-            yield Check("another CLI", "ok", f"{other.path} ({other.origin}), not used")
-    yield _login(config, environ, home, found.path)
-
-
-def _login(config: Config, environ: dict[str, str], home: Path, binary: Path) -> Check:
-    """Ask the CLI itself; we never look at credentials."""
-    extra = {
-        **({"ANTHROPIC_BASE_URL": config.claude.base_url} if config.claude.base_url else {}),
-        **config.claude.env,
-    }
-    env = environment(environ, home=home, pass_env=config.claude.pass_env, extra=extra)
-    try:
-        done = subprocess.run(
-            [str(binary), "auth", "status"],
-            env=env, capture_output=True, text=True, timeout=20, stdin=subprocess.DEVNULL, check=False,
-        )  # fmt: skip
-        status: dict[str, Any] = json.loads(done.stdout)
-    except (OSError, subprocess.SubprocessError, ValueError) as error:
-        return Check("login", "warning", f"`claude auth status` did not answer: {error}")
-    if status.get("loggedIn"):
-        return Check("login", "ok", f"{status.get('authMethod')} under {home}")
+def _cgroups() -> Check:
+    made_in = cgroup_support()
+    if made_in:
+        return Check(
+            "control groups", "ok", f"made in {made_in}: nothing that an agent starts outlives its process"
+        )
     return Check(
-        "login",
-        "problem",
-        f"the CLI has no login under {home}",
-        f"Run `{binary} auth login`, or let it see a key (claude.pass_env: [ANTHROPIC_API_KEY]). "
-        "Plans with a scenario run without: `orchestrator run PLAN --offline`.",
-    )
+        "control groups", "ok",
+        "none may be made here; what agents leave behind is found by its parents and its environment",
+    )  # fmt: skip
 
 
-def _store(config: Config) -> Check:
+def _health(config: Config, environ: Mapping[str, str]) -> Iterator[Check]:
+    """What every health check looks at, and what only a person would want to know about it."""
+    for check in run_async(HealthChecker(config, environ).check).checks:
+        if check.name == "store" and check.level == "ok":
+            yield replace(check, found=f"{check.found}, {_count(config)}")
+        else:
+            yield check
+        if check.name == "Claude Code CLI" and check.level != "problem":
+            yield from _other_clis(config, environ)
+
+
+def _other_clis(config: Config, environ: Mapping[str, str]) -> Iterator[Check]:
+    home = config.resolve(config.claude.home) if config.claude.home else Path(environ.get("HOME", "/"))
+    usable = [each for each in candidates(config.claude_path, environ, home) if each.usable]
+    for other in usable[1:]:
+        if other.path != usable[0].path:
+            yield Check("another CLI", "ok", f"{other.path} ({other.origin}), not used")
+
+
+def _count(config: Config) -> str:
     async def count() -> int:
         async with open_store(config.store_path) as store:
             return len(await store.runs(limit=1000))
 
-    try:
+    with suppress(OrchestratorError):
         runs = run_async(count)
-    except OrchestratorError as error:
-        return Check("store", "problem", error.message, error.advice)
-    return Check("store", "ok", f"{config.store_path}, {'1000 runs or more' if runs == 1000 else f'{runs} runs'}")
+        return "1000 runs or more" if runs == 1000 else f"{runs} runs"
+    return "and could not be read just now"
 
 
-def _agents(config: Config) -> Iterator[Check]:
+def _agents(config: Config, environ: Mapping[str, str]) -> Iterator[Check]:
     catalog = Catalog(agent_roots(config))
     catalog.load()
     names = [agent.id for agent in catalog.agents()]
+    sandboxed = [agent.id for agent in catalog.agents() if agent.sandbox]
     if names:
         yield Check("agents", "ok", f"{len(names)}: {', '.join(names)}")
     else:
@@ -137,8 +115,22 @@ def _agents(config: Config) -> Iterator[Check]:
         yield Check(
             "agents", "warning", f"none in {folders}", "Put a markdown file with frontmatter into one of them."
         )
+    if sandboxed:
+        yield _sandbox(sandboxed, environ)
     for problem in catalog.problems():
         yield Check("agent file", "warning", f"{problem.path}:{problem.line}: {problem.reason}")
+
+
+def _sandbox(agents: list[str], environ: Mapping[str, str]) -> Check:
+    """Whether the programs are there that the CLI's sandbox is made of; whether they work, only a run can tell."""
+    wanted = ("bwrap", "socat") if sys.platform == "linux" else ()
+    missing = [name for name in wanted if shutil.which(name, path=environ.get("PATH", "")) is None]
+    if not missing:
+        return Check("sandbox", "ok", f"required by {', '.join(agents)}")
+    return Check(
+        "sandbox", "warning", f"{', '.join(missing)} not found: {', '.join(agents)} cannot run",
+        "Install bubblewrap and socat.",
+    )  # fmt: skip
 
 
 def _server(config: Config) -> Check:
