@@ -1,13 +1,15 @@
 """What is known of a run while it goes on: text, tools, tokens, cost. Pure: messages in, figures out.
 
-Until the CLI reports its own cost with the result, cost is estimated from list prices of what streamed, so that
-budgets act during a turn and a run that is killed still says what it must have cost.
+Until the CLI reports its own cost with the result, cost is estimated from list prices of what is seen, so that
+budgets act during a turn and a run that is killed still says what it must have cost. The agent's own requests are
+known from their stream: their input when they begin, their output when they end. Of its sub-agents' the CLI tells
+each answer's input; their output is guessed from its length until the result corrects it.
 """
 
 from dataclasses import dataclass, field
 from typing import Any
 
-from orchestrator.content import ModelUsage
+from orchestrator.content import Block, ModelUsage, TextBlock, ThinkingBlock, ToolUseBlock
 from orchestrator.messages import (
     ApiRetry,
     AssistantMessage,
@@ -18,7 +20,7 @@ from orchestrator.messages import (
     UnknownMessage,
 )
 from orchestrator.outcome import Usage
-from orchestrator.pricing import estimate_usd
+from orchestrator.usage import Meter
 
 SYNTHETIC_MODEL = "<synthetic>"
 
@@ -37,17 +39,24 @@ class Progress:
     result: ResultMessage | None = None
     last_retry: ApiRetry | None = None
     assistant_error: str | None = None
-    unpriced: bool = False
     guessed_usd: float = 0.0
     unreadable: str | None = None
+    heard: bool = False
     _said: dict[str, str] = field(default_factory=dict)
+    _cut: list[str] = field(default_factory=list)
     _streaming: list[str] = field(default_factory=list)
-    _request: dict[str, Any] = field(default_factory=dict)
+    _meter: Meter = field(default_factory=Meter)
 
     @property
     def text(self) -> str:
         """Everything the agent has said so far, the part still streaming included."""
         return "\n\n".join([*self._said.values(), *filter(None, ["".join(self._streaming)])])
+
+    @property
+    def answer(self) -> str:
+        """The result's text with the parts that were cut off before it; without a result all that was said."""
+        said = self.result.result if self.result is not None else None
+        return "".join([*self._cut, said]) if said else self.text
 
     @property
     def charge_usd(self) -> float:
@@ -57,13 +66,31 @@ class Progress:
         """
         return max(self.cost_usd or 0.0, self.guessed_usd)
 
+    @property
+    def charge_turns(self) -> int:
+        """Turns as budgets count them: model requests begun, sub-agents' included."""
+        return self._meter.requests
+
+    @property
+    def unpriced_model(self) -> str | None:
+        """A model that was used and has no list price; None while there is none."""
+        return self._meter.unpriced_model
+
+    @property
+    def unpriced(self) -> bool:
+        """Whether part of the cost is not in the estimate."""
+        return self.unpriced_model is not None
+
     def feed(self, message: Message) -> None:
         """Take in one message."""
+        self.heard = True
         match message:
             case StreamEvent(parent_tool_use_id=None):
                 self._stream(message)
-            case AssistantMessage(parent_tool_use_id=None):
-                self._assistant(message)
+            case AssistantMessage():
+                self._count_block(message)
+                if message.parent_tool_use_id is None:
+                    self._assistant(message)
             case SystemInit():
                 self.initialised = True
                 self.model = message.model or self.model
@@ -87,36 +114,39 @@ class Progress:
             self.activity = "thinking"
         if kind == "message_start":
             self._streaming.clear()  # of an attempt that broke off and is made again
-            self.cut_short()
             begun = message.event.get("message")
-            model = begun.get("model") if isinstance(begun, dict) else None
-            self._request = {**(message.usage or {}), "model": model}
-        elif kind == "message_delta" and self._request:
-            self._count({**self._request, **{k: v for k, v in (message.usage or {}).items() if v is not None}})
-            self._request = {}
+            begun = begun if isinstance(begun, dict) else {}
+            request_id, model = begun.get("id"), str(begun.get("model"))
+            self.num_turns += self._meter.begin(None, request_id, model, message.usage or {}, streamed=True)
+        elif kind == "message_delta":
+            self._meter.end(None, message.usage or {})
+            self._note_stop(message.event)
+        if kind in ("message_start", "message_delta"):
+            self._estimate()
 
-    def _count(self, request: dict[str, Any]) -> None:
-        """Add one finished model request: its tokens, and its list price."""
-        self.num_turns += 1
-        # Streamed events are the provider's, unchecked: a count in a new shape must not end the run.
-        counts = {key: value for key, value in request.items() if isinstance(value, int)}
-        self.usage += Usage(
-            input_tokens=counts.get("input_tokens", 0),
-            output_tokens=counts.get("output_tokens", 0),
-            cache_read_tokens=counts.get("cache_read_input_tokens", 0),
-            cache_write_tokens=counts.get("cache_creation_input_tokens", 0),
-        )
-        price = estimate_usd(str(request.pop("model")), request)
-        if price is None:
-            self.unpriced = True
-        else:
-            self.cost_usd = (self.cost_usd or 0.0) + price
+    def _note_stop(self, event: dict[str, Any]) -> None:
+        """An answer that ran into its limit of tokens is gone on with: the CLI's result has the last part alone."""
+        delta = event.get("delta")
+        stop = delta.get("stop_reason") if isinstance(delta, dict) else None
+        if stop == "max_tokens" and self._said:
+            self._cut.append(next(reversed(self._said.values())))
+        elif stop == "tool_use":
+            self._cut.clear()
+
+    def _count_block(self, message: AssistantMessage) -> None:
+        said, usage = message.message, message.message.usage
+        if usage is None or said.model in (None, SYNTHETIC_MODEL) or message.error:
+            return
+        length = sum(_length(block) for block in said.content)
+        self._meter.block(message.parent_tool_use_id, said.id, said.model, usage.raw(), length)
+        self._estimate()
+
+    def _estimate(self) -> None:
+        if self.result is None:
+            self.usage, self.cost_usd = self._meter.usage, self._meter.cost_usd
 
     def cut_short(self) -> None:
-        """The turn, or an attempt, broke off. A request left open, with no result to price it, cost its input."""
-        if self.result is None and self._request:
-            self._count(self._request)
-            self._request = {}
+        """The turn broke off. Nothing is left to do: a request counts from its beginning."""
 
     def _assistant(self, message: AssistantMessage) -> None:
         if message.message.model == SYNTHETIC_MODEL or message.error:
@@ -153,6 +183,18 @@ def _tokens(usage: ModelUsage) -> Usage:
         cache_read_tokens=usage.cache_read_input_tokens or 0,
         cache_write_tokens=usage.cache_creation_input_tokens or 0,
     )
+
+
+def _length(block: Block) -> int:
+    match block:
+        case TextBlock():
+            return len(block.text)
+        case ThinkingBlock():
+            return len(block.thinking)
+        case ToolUseBlock():
+            return len(str(block.input))
+        case _:
+            return 0
 
 
 # The argument of a tool that tells best what it is doing.

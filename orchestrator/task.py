@@ -1,7 +1,7 @@
 """What is asked of an agent."""
 
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field
 
@@ -11,12 +11,16 @@ from orchestrator.tracing import SpanContext
 class Task(BaseModel):
     """What is asked of an agent. Times are seconds, money is USD; None means the configured default.
 
+    ``budget_usd``, ``budget_tokens``, ``max_turns`` (model requests) and ``max_runs`` (runs below) hold for the
+    run and all it delegates; ``max_depth`` is how many levels they may be, the run itself included. 0 is none at
+    all, and the parent's rest bounds them all.
     ``session`` is a session id to go on with; with ``fork`` a copy of it is gone on with and it stays as it is.
     ``parent_id`` is the run that delegates; ``parent_span`` the exact caller inside or outside of it.
     ``project_dir`` says whose agents are meant; children inherit their parent's. ``allowed_tools`` are permission
     rules granted on top of the agent's file (``Bash(git *)``), ``add_dirs`` directories its file tools may use
     beside the working directory, ``settings`` a layer of Claude Code settings for this run. ``fallback_model`` is
-    used while ``model`` is overloaded.
+    used while ``model`` is overloaded. Of the runs that wait for a process, those of a higher ``priority`` go
+    first; ``on_full`` says whether to be refused or to wait when so many wait that no more may.
     """
 
     model_config = ConfigDict(extra="forbid", frozen=True, arbitrary_types_allowed=True)
@@ -39,8 +43,13 @@ class Task(BaseModel):
     timeout_s: float | None = Field(None, gt=0)
     idle_timeout_s: float | None = Field(None, gt=0)
     budget_usd: float | None = Field(None, ge=0)
-    max_turns: int | None = Field(None, ge=1)
+    budget_tokens: int | None = Field(None, ge=0)
+    max_turns: int | None = Field(None, ge=0)
+    max_runs: int | None = Field(None, ge=0)
+    max_depth: int | None = Field(None, ge=0)
     parent_id: str | None = None
     parent_span: SpanContext | None = None
+    priority: int = 0
+    on_full: Literal["refuse", "wait"] = "refuse"
     step: str | None = None
     caller: dict[str, Any] | None = None

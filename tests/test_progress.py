@@ -176,27 +176,33 @@ def test_an_interrupted_stream_keeps_the_partial_text() -> None:
     assert fed(second).text == "next ok"
 
 
-def test_a_killed_request_costs_at_least_its_input() -> None:
+def test_a_request_costs_its_input_from_the_beginning() -> None:
     progress = fed([start(), says("aaa")])
-    assert progress.cost_usd is None
-    progress.cut_short()
-    progress.cut_short()
+    assert progress.usage == Usage(input_tokens=100, output_tokens=1)
+    assert (progress.charge_turns, progress.num_turns) == (1, 1)
     assert progress.cost_usd == estimate_usd("claude-opus-5-5", {"input_tokens": 100, "output_tokens": 1})
     assert progress.estimated
     assert progress.text == "aaa"
 
 
+def test_the_last_count_of_a_request_is_the_one_that_counts() -> None:
+    progress = fed([start(), ends(5), ends(40), ends(90), start(cache_read_input_tokens=7)])
+    assert progress.usage == Usage(input_tokens=200, output_tokens=91, cache_read_tokens=7)
+    assert progress.charge_turns == 2
+
+
 def test_after_a_result_nothing_is_added() -> None:
     (turn,) = turns("s02")
-    progress = fed(turn)
-    progress.cut_short()
+    progress = fed([*turn, start(), ends()])
     assert progress.cost_usd == pytest.approx(0.0005)
+    assert progress.usage.total_tokens == 105
 
 
 def test_an_attempt_that_broke_off_is_paid_for_and_not_said() -> None:
     progress = fed([start(), says("half an ans"), start(), says("the whole answer"), ends(7)])
     assert progress.text == "the whole answer"
     assert progress.usage == Usage(input_tokens=200, output_tokens=8)
+    assert (progress.charge_turns, progress.num_turns) == (1, 1)
 
 
 def test_sub_agents_are_paid_for_but_do_not_speak() -> None:
@@ -209,6 +215,56 @@ def test_sub_agents_are_paid_for_but_do_not_speak() -> None:
         "a sub-agent's messages"
     )
     assert fed(forwarded).text == collect_text(forwarded)
+
+
+@pytest.mark.parametrize(("name", "requests"), [("s14", 3), ("s15", 4)])
+def test_sub_agents_requests_are_charged_as_they_are_seen(name: str, requests: int) -> None:
+    """Both made four; the CLI tells of s14's last one only where it is told to forward sub-agents' text."""
+    *before, result = turns(name)[0]
+    tokens, seen = [0], fed([])
+    for message in before:
+        seen.feed(message)
+        tokens.append(seen.usage.total_tokens)
+    assert tokens == sorted(tokens), "an estimate only grows"
+    assert seen.charge_turns == requests
+    assert seen.usage.input_tokens == 100 * requests
+    assert seen.estimated
+    assert seen.cost_usd is not None
+    final = fed([*before, result])
+    assert seen.cost_usd == pytest.approx(final.cost_usd, rel=0.3)
+    assert final.charge_turns == requests
+
+
+def test_a_sub_agent_without_a_known_price_is_noticed() -> None:
+    (turn,) = turns("s15")
+    raws = [{**message.raw()} for message in turn[:-1]]
+    for raw in raws:
+        if raw.get("parent_tool_use_id") and raw["type"] == "assistant":
+            raw["message"] = {**raw["message"], "model": "my-own-model"}
+    progress = fed(parse_message(json.dumps(raw)) for raw in raws)
+    assert progress.unpriced_model == "my-own-model"
+    assert progress.model == "claude-opus-5-5"
+    assert progress.cost_usd is not None, "what is known of it"
+
+
+def test_an_answer_that_was_not_streamed_counts_by_its_length() -> None:
+    """The CLI asks again without streaming when a stream breaks off."""
+    usage = {"input_tokens": 300, "output_tokens": 1}
+    first = assistant("x" * 200, message={"id": "m2", "usage": usage})
+    second = assistant("y" * 200, message={"id": "m2", "usage": usage})
+    progress = fed([start(), first, second])
+    assert progress.usage == Usage(input_tokens=400, output_tokens=1 + 100)
+    assert progress.charge_turns == 1, "the same request, made again"
+    exact = assistant("x" * 200, message={"id": "m3", "usage": {**usage, "output_tokens": 77}})
+    assert fed([exact]).usage == Usage(input_tokens=300, output_tokens=77)
+
+
+def test_what_was_streamed_is_not_counted_again() -> None:
+    begun = event("message_start", message={"id": "m", "model": "claude-opus-5-5", "usage": {"input_tokens": 100}})
+    again = assistant("x" * 4000, message={"id": "m", "usage": {"input_tokens": 100, "output_tokens": 1}})
+    progress = fed([begun, again, ends(9)])
+    assert progress.usage == Usage(input_tokens=100, output_tokens=9)
+    assert progress.charge_turns == 1
 
 
 def test_what_was_taken_back_is_not_the_answer() -> None:
@@ -346,8 +402,9 @@ def test_no_event_of_the_provider_ends_a_run(stream: list[dict[str, Any]]) -> No
     for each in stream:
         kind = each.pop("type")
         progress.feed(event(kind, **each))
-    progress.cut_short()
-    assert isinstance(progress.text, str)
+        assert isinstance(progress.text, str)
+        assert min(progress.usage.model_dump().values()) >= 0
+        assert progress.charge_usd >= 0
 
 
 # -- one line about a tool ----------------------------------------------------------------------------------
