@@ -14,8 +14,8 @@ from typing import Any
 from uuid import UUID
 
 from orchestrator import __version__
-from orchestrator.backends.claude_errors import error_of, fatal
-from orchestrator.conversation import McpEndpoint, Spec
+from orchestrator.backends.claude_errors import error_of, fatal, start_refusal
+from orchestrator.conversation import McpEndpoint, Spec, Turn
 from orchestrator.errors import ConfigError, PromptError
 from orchestrator.messages import ControlRequest, Message, UnknownMessage
 
@@ -31,6 +31,8 @@ __all__ = [
     "environment",
     "error_of",
     "fatal",
+    "requests_of",
+    "start_refusal",
 ]
 
 PERMISSION_MODES = ("acceptEdits", "auto", "bypassPermissions", "manual", "dontAsk", "plan")
@@ -249,6 +251,22 @@ def encode_prompt(prompt: str, uuid: str) -> bytes:
 def encode_control(request_id: str, request: Mapping[str, Any]) -> bytes:
     """The line that asks something of the CLI, such as ``{"subtype": "interrupt"}``."""
     return _line({"type": "control_request", "request_id": request_id, "request": request})
+
+
+def requests_of(turn: Turn) -> list[dict[str, Any]]:
+    """The requests that make what a turn brings along hold, before its prompt.
+
+    A layer of settings is the one way to give a process that has started variables of its own: ``TRACEPARENT``
+    and headers of its model requests, and what its shells see. Raises ConfigError for an unknown mode.
+    """
+    settings: dict[str, Any] = {}
+    if turn.env:
+        settings["env"] = dict(turn.env)
+    if turn.model is not None:
+        settings["model"] = turn.model
+    asked: list[dict[str, Any]] = [{"subtype": "apply_flag_settings", "settings": settings}] if settings else []
+    modes = _permission_mode(turn.permission_mode)
+    return [*asked, *({"subtype": "set_permission_mode", "mode": mode} for mode in modes)]
 
 
 #: What is answered to each request of the CLI we understand; everything else gets an error.

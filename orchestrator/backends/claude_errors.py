@@ -10,122 +10,33 @@ import re
 from collections.abc import Mapping
 from typing import Any
 
+from orchestrator.backends.claude_error_names import (
+    BEFORE_STATUS,
+    BY_API_ERROR,
+    BY_API_ERROR_TYPE,
+    BY_NAME,
+    BY_STATUS,
+    BY_SUBTYPE,
+    BY_TERMINAL_REASON,
+    BY_WORDS,
+    FATAL,
+    PARTICULARS,
+    START_REFUSALS,
+    Kind,
+)
 from orchestrator.errors import (
     AuthenticationError,
     BackendError,
     BillingError,
-    BudgetExceededError,
     ConnectionFailedError,
     InvalidRequestError,
-    MaxTurnsError,
-    ModelNotFoundError,
     OrchestratorError,
-    OverloadedError,
-    PermissionDeniedError,
     RateLimitError,
     RefusalError,
-    RunCancelledError,
     ServerError,
-    SessionNotFoundError,
     StalledError,
-    StructuredOutputError,
 )
 from orchestrator.messages import ApiRetry, RateLimitEvent, ResultMessage
-
-Kind = type[OrchestratorError]
-
-_BY_SUBTYPE: Mapping[str, Kind] = {
-    "error_max_turns": MaxTurnsError,
-    "error_max_budget_usd": BudgetExceededError,
-    "error_max_structured_output_retries": StructuredOutputError,
-}
-
-_BY_TERMINAL_REASON: Mapping[str, Kind] = {
-    "max_turns": MaxTurnsError,
-    "budget_exhausted": BudgetExceededError,
-    "structured_output_retry_exhausted": StructuredOutputError,
-    "aborted_streaming": RunCancelledError,
-    "aborted_tools": RunCancelledError,
-    "prompt_too_long": InvalidRequestError,
-    "image_error": InvalidRequestError,
-    "blocking_limit": InvalidRequestError,
-}
-
-_BY_API_ERROR: Mapping[str, Kind] = {
-    "connection_failed": ConnectionFailedError,
-    "tls_untrusted_ca": ConnectionFailedError,
-    "stream_idle_timeout": StalledError,
-    "usage_limit_reached": RateLimitError,
-    "max_output_tokens": InvalidRequestError,
-}
-
-#: https://platform.claude.com/docs/en/api/errors: what the provider calls an error it names in a stream, too.
-_BY_API_ERROR_TYPE: Mapping[str, Kind] = {
-    "authentication_error": AuthenticationError,
-    "billing_error": BillingError,
-    "permission_error": PermissionDeniedError,
-    "invalid_request_error": InvalidRequestError,
-    "request_too_large": InvalidRequestError,
-    "rate_limit_error": RateLimitError,
-    "overloaded_error": OverloadedError,
-    "timeout_error": ServerError,
-    "api_error": ServerError,
-}
-
-#: Other statuses below 500 are InvalidRequestError, from there ServerError. 409 is the provider's own conflict.
-_BY_STATUS: Mapping[int, Kind] = {
-    401: AuthenticationError,
-    402: BillingError,
-    403: PermissionDeniedError,
-    408: ConnectionFailedError,
-    409: ServerError,
-    429: RateLimitError,
-    529: OverloadedError,
-}
-
-#: The names used on assistant messages and retries. ``unknown`` says nothing and is not here.
-_BY_NAME: Mapping[str, Kind] = {
-    "authentication_failed": AuthenticationError,
-    "cloud_credential_error": AuthenticationError,
-    "oauth_org_not_allowed": PermissionDeniedError,
-    "account_on_hold": PermissionDeniedError,
-    "verification_required": PermissionDeniedError,
-    "billing_error": BillingError,
-    "rate_limit": RateLimitError,
-    "overloaded": OverloadedError,
-    "model_not_found": ModelNotFoundError,
-    "invalid_request": InvalidRequestError,
-    "max_output_tokens": InvalidRequestError,
-    # Without a status there was no answer: the CLI gives this name to refused and broken connections.
-    "server_error": ConnectionFailedError,
-}
-
-#: Names more telling than the status they come with: 400 for missing credit, 404 for a wrong address.
-_BEFORE_STATUS = frozenset({"billing_error", "model_not_found"})
-
-#: Failures of a request that are the same however often it is sent.
-_FATAL: frozenset[Kind] = frozenset(
-    {AuthenticationError, PermissionDeniedError, BillingError, ModelNotFoundError, InvalidRequestError}
-)
-
-_BY_WORDS: tuple[tuple[re.Pattern[str], Kind], ...] = tuple(
-    (re.compile(pattern, re.IGNORECASE), kind)
-    for pattern, kind in (
-        (r"\bno conversation found\b|\bno message found with message\.uuid\b", SessionNotFoundError),
-        (r"\bnot logged in\b|\binvalid api key\b|\bfailed to authenticate\b", AuthenticationError),
-        (r"\bcredit balance is too low\b", BillingError),
-        (r"\b(?:rate|usage) limit\b|\bhit your .{0,20}\blimit\b", RateLimitError),
-        (r"\boverloaded\b", OverloadedError),
-        (r"\bprompt is too long\b|\bcontext window limit\b|\brequest too large\b", InvalidRequestError),
-        (r"\bissue with the selected model\b", ModelNotFoundError),
-        (r"\bstream idle timeout\b", StalledError),
-        (
-            r"\btimed out\b|\bconnection (?:refused|to the API was lost|error)\b|\bunable to connect\b"
-            r"|\bempty or malformed response\b",
-            ConnectionFailedError,
-        ),
-    )
-)
 
 #: All the CLI says of a provider that took a request and then said nothing more; its fields call it unreachable.
 _SILENCE = re.compile(r"request timed out\b", re.IGNORECASE)
@@ -134,18 +45,6 @@ _WAIT_IN_WORDS = re.compile(
     r"\b(?:retry|try again) (?:after|in) (\d+) ?(s|seconds?|m|minutes?|h|hours?)\b", re.IGNORECASE
 )
 _SECONDS = {"s": 1, "m": 60, "h": 3600}
-
-#: Where an error of a general class needs other attributes than its class has.
-_PARTICULARS: Mapping[str, Mapping[str, Any]] = {
-    "tls_untrusted_ca": {
-        "retryable": False,
-        "scope": "host",
-        "advice": "Name the certificate of your proxy or gateway in NODE_EXTRA_CA_CERTS.",
-    },
-    "max_output_tokens": {
-        "advice": "Ask for less in one answer, or raise CLAUDE_CODE_MAX_OUTPUT_TOKENS in claude.env.",
-    },
-}
 
 
 def error_of(
@@ -175,7 +74,7 @@ def error_of(
     return (kind or BackendError)(
         words,
         details={name: value for name, value in details.items() if value is not None},
-        retry_after=_retry_after(words, rate_limit, now) if kind is RateLimitError else None,
+        retry_after=_retry_after(words, rate_limit, now, last_retry) if kind is RateLimitError else None,
         **_particulars(result, kind),
     )
 
@@ -188,7 +87,9 @@ def fatal(retry: ApiRetry | None) -> OrchestratorError | None:
     if retry is None:
         return None
     kind = _of_request(retry.error_status, retry.error)
-    if kind not in _FATAL or (kind is AuthenticationError and retry.attempt == 1):
+    if retry.error_status == 403 and retry.error == "authentication_failed":
+        kind = AuthenticationError  # of all that is answered with 403 only a revoked login is tried again
+    if kind not in FATAL or (retry.error_status == 401 and retry.attempt == 1):
         return None
     return kind(
         f"the provider refuses the request, trying again cannot help: {retry.error} (HTTP {retry.error_status})",
@@ -196,10 +97,19 @@ def fatal(retry: ApiRetry | None) -> OrchestratorError | None:
     )
 
 
+def start_refusal(stderr: str) -> dict[str, Any]:
+    """What CLIStartError is told beside its class's own, where the CLI's last words say whose fault it is.
+
+    ``scope`` and ``advice``, as keyword arguments of an error; empty where nothing is known.
+    """
+    found = (particulars for pattern, particulars in START_REFUSALS if pattern.search(stderr))
+    return dict(next(found, {}))
+
+
 def _kind(result: ResultMessage, words: str, retry: ApiRetry | None, assistant_error: str | None) -> Kind | None:
     return (
         _of_ending(result)
-        or _BY_API_ERROR.get(result.api_error or "")
+        or BY_API_ERROR.get(result.api_error or "")
         or (StalledError if result.api_error_status is None and _SILENCE.match(words) else None)
         or _of_request(result.api_error_status, assistant_error, result.api_error_type)
         or _of_retry(retry, result.terminal_reason)
@@ -210,17 +120,19 @@ def _kind(result: ResultMessage, words: str, retry: ApiRetry | None, assistant_e
 def _of_ending(result: ResultMessage) -> Kind | None:
     if result.stop_reason == "refusal":
         return RefusalError
-    return _BY_SUBTYPE.get(result.subtype) or _BY_TERMINAL_REASON.get(result.terminal_reason or "")
+    return BY_SUBTYPE.get(result.subtype) or BY_TERMINAL_REASON.get(result.terminal_reason or "")
 
 
 def _of_request(status: int | None, name: str | None, api_error_type: str | None = None) -> Kind | None:
-    if name in _BEFORE_STATUS:
-        return _BY_NAME[name]
+    if name in BEFORE_STATUS:
+        return BY_NAME[name]
+    if api_error_type == "billing_error":
+        return BillingError  # gateways answer 429 when a cap on spending is reached; waiting does not help
     if status is None:
-        return _BY_API_ERROR_TYPE.get(api_error_type or "") or _BY_NAME.get(name or "")
+        return BY_API_ERROR_TYPE.get(api_error_type or "") or BY_NAME.get(name or "")
     if status < 400:
         return None
-    return _BY_STATUS.get(status) or (InvalidRequestError if status < 500 else ServerError)
+    return BY_STATUS.get(status) or (InvalidRequestError if status < 500 else ServerError)
 
 
 def _of_retry(retry: ApiRetry | None, terminal_reason: str | None) -> Kind | None:
@@ -234,7 +146,7 @@ def _of_retry(retry: ApiRetry | None, terminal_reason: str | None) -> Kind | Non
 def _of_words(words: str) -> Kind | None:
     if status := _STATUS_IN_WORDS.search(words):
         return _of_request(int(status[1]), None)
-    return next((kind for pattern, kind in _BY_WORDS if pattern.search(words)), None)
+    return next((kind for pattern, kind in BY_WORDS if pattern.search(words)), None)
 
 
 def _words(result: ResultMessage) -> str:
@@ -246,14 +158,31 @@ def _words(result: ResultMessage) -> str:
 
 def _particulars(result: ResultMessage, kind: Kind | None) -> Mapping[str, Any]:
     # What nobody can name is kept from telling against the provider.
-    return _PARTICULARS.get(result.api_error or "", {}) if kind else {"scope": "request"}
+    return PARTICULARS.get(result.api_error or "", {}) if kind else {"scope": "request"}
 
 
-def _retry_after(words: str, rate_limit: RateLimitEvent | None, now: float | None) -> float | None:
+def _retry_after(
+    words: str, rate_limit: RateLimitEvent | None, now: float | None, retry: ApiRetry | None
+) -> float | None:
     info = rate_limit.rate_limit_info if rate_limit else {}
     resets_at = info.get("resetsAt")
     if info.get("status") == "rejected" and isinstance(resets_at, int | float) and now is not None:
         return max(0.0, resets_at - now)
     if wait := _WAIT_IN_WORDS.search(words):
         return float(int(wait[1]) * _SECONDS[wait[2][0].lower()])
-    return None
+    return _pause_asked_for(retry)
+
+
+def _pause_asked_for(retry: ApiRetry | None) -> float | None:
+    """Seconds before the last attempt, if the provider asked for them: they are more than the CLI's own pause.
+
+    Its own doubles from half a second up to 32, and a quarter is added at random. A long wait the provider asks
+    for is not among the retries: the CLI gives up at once, and does not say for how long.
+    """
+    if retry is None or retry.error_status != 429 or retry.retry_delay_ms is None or retry.attempt is None:
+        return None
+    if retry.attempt < (retry.max_retries or 0):
+        return None  # that request was answered in the end; another one was refused
+    own = 1.25 * min(32.0, 0.5 * 2.0 ** min(retry.attempt - 1, 6))
+    seconds = float(retry.retry_delay_ms) / 1000
+    return seconds if seconds > own else None
