@@ -15,8 +15,12 @@ if TYPE_CHECKING:
     from orchestrator.errors import OrchestratorError
     from orchestrator.outcome import Outcome, Usage
     from orchestrator.plan_runs import run_plan
+    from orchestrator.pools import ProcessPool, StreamingPool
     from orchestrator.runtime import Runtime, open_runtime
+    from orchestrator.shared_pools import Pools
     from orchestrator.task import Task
+    from orchestrator.warming import keep_warm
+    from orchestrator.watching import watch_run
 
 _HOME = {
     "Agent": "orchestrator.agents",
@@ -30,8 +34,13 @@ _HOME = {
     "Outcome": "orchestrator.outcome",
     "Usage": "orchestrator.outcome",
     "run_plan": "orchestrator.plan_runs",
+    "ProcessPool": "orchestrator.pools",
+    "StreamingPool": "orchestrator.pools",
+    "Pools": "orchestrator.shared_pools",
     "Runtime": "orchestrator.runtime",
     "open_runtime": "orchestrator.runtime",
+    "keep_warm": "orchestrator.warming",
+    "watch_run": "orchestrator.watching",
 }
 
 __all__ = [
@@ -40,15 +49,20 @@ __all__ = [
     "Config",
     "OrchestratorError",
     "Outcome",
+    "Pools",
+    "ProcessPool",
     "Runtime",
+    "StreamingPool",
     "Task",
     "Usage",
     "__version__",
     "delegate",
+    "keep_warm",
     "load_config",
     "open_runtime",
     "run_plan",
     "submit",
+    "watch_run",
 ]
 
 

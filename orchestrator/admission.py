@@ -1,14 +1,17 @@
 """Admission: everything that can refuse a task, before anything is spent, and what is known of the run by then."""
 
 import time
-import uuid
 from pathlib import Path
 
 from orchestrator.agents import Agent, resolve_model
 from orchestrator.conversation import SessionMode
 from orchestrator.errors import ConfigError, LimitError, PromptError, SessionBusyError, SessionNotFoundError
-from orchestrator.limits import Budget, check_depth
+from orchestrator.limits import Budget, budget_of, refuse_unknown_cost
+from orchestrator.pricing import has_price
+from orchestrator.reach import allowed_dirs, asked_by_model, check_reach, resolved
+from orchestrator.redaction import secrets_of, secrets_of_servers
 from orchestrator.runtime import LiveRun, Runtime
+from orchestrator.sandbox import check_settings
 from orchestrator.specs import hide_values, permission_mode
 from orchestrator.store import Run, SessionRow, now_us
 from orchestrator.task import Task
@@ -25,6 +28,13 @@ async def admit(rt: Runtime, task: Task) -> tuple[LiveRun, Agent]:
     project = _project(rt, task, parent)
     agent = (await rt.agents_of(project)).get(task.agent)
     permission_mode(rt, agent, task)
+    check_settings(
+        task.settings,
+        sandboxed=agent.sandbox is not None,
+        allow_bypass=rt.config.claude.allow_bypass_permissions,
+    )
+    secrets = secrets_of_servers(agent.mcp_servers)
+    rt.store.redact.add_secrets([*secrets, *secrets_of((task.settings or {}).get("env") or {})])
     return await _prepare(rt, agent, task, parent, project), agent
 
 
@@ -47,9 +57,8 @@ def check_prompt(prompt: str, max_bytes: int) -> None:
 async def _prepare(rt: Runtime, agent: Agent, task: Task, parent: Run | None, project: Path) -> LiveRun:
     live_parent = rt.live.get(parent.id) if parent else None
     depth = parent.depth + 1 if parent else 1
-    check_depth(depth, rt.config.limits.max_depth)
-    budget = await open_budget(rt, task.budget_usd, parent)
-    budget.check()
+    budget = await _task_budget(rt, task, parent, depth)
+    budget.check_start(depth, time.monotonic())
     source = await _source(rt, task.session) if task.session else None
     mode = session_mode(task)
     if mode == "fork" and source is not None:
@@ -57,6 +66,8 @@ async def _prepare(rt: Runtime, agent: Agent, task: Task, parent: Run | None, pr
     model, _ = resolve_model(
         task.model, (await rt.store.preferences()).get(agent.id), agent, rt.config.agents.default_model
     )
+    if model is not None and has_price(model) is False:
+        refuse_unknown_cost(budget, model, rt.config.limits.on_unknown_cost)
     run_id = new_run_id()
     row = Run(
         id=run_id,
@@ -72,11 +83,12 @@ async def _prepare(rt: Runtime, agent: Agent, task: Task, parent: Run | None, pr
         agent=agent.model_dump(mode="json") | {"mcp_servers": hide_values(agent.mcp_servers)[0]},
         options=task.model_dump(
             mode="json", exclude={"agent", "prompt", "parent_span", "caller", "parent_id"}, exclude_defaults=True
-        ),
+        )
+        | {"limits": budget.to_dict()},
         model_requested=model,
         project=str(project),
-        cwd=str(_cwd(project, task, parent, source)),
-        session_id=task.session if mode == "continue" else str(uuid.uuid4()),
+        cwd=str(_cwd(rt, project, task, parent, source)),
+        session_id=task.session if mode == "continue" else None,  # a new one is known when there is a process
         session_mode=mode,
         source_session_id=task.session if mode == "fork" else None,
         caller=task.caller,
@@ -84,7 +96,13 @@ async def _prepare(rt: Runtime, agent: Agent, task: Task, parent: Run | None, pr
         created_us=now_us(),
         instance_id=rt.store.instance_id,
     )
-    return LiveRun(row, budget, touched=time.monotonic(), parent=live_parent)
+    return LiveRun(
+        row,
+        budget,
+        source.cwd if source is not None and mode == "continue" else row.cwd,
+        touched=time.monotonic(),
+        parent=live_parent,
+    )
 
 
 def _project(rt: Runtime, task: Task, parent: Run | None) -> Path:
@@ -128,20 +146,33 @@ def session_mode(task: Task) -> SessionMode:
     return "fork" if task.fork else "continue"
 
 
-async def open_budget(rt: Runtime, asked: float | None, parent: Run | None) -> Budget:
-    """What a run may spend: what was asked for, within what its parent has left.
+async def _task_budget(rt: Runtime, task: Task, parent: Run | None, depth: int) -> Budget:
+    return budget_of(
+        rt.config.limits,
+        await budget_above(rt, parent),
+        depth=depth,
+        usd=task.budget_usd,
+        tokens=task.budget_tokens,
+        turns=task.max_turns,
+        runs=task.max_runs,
+        levels=task.max_depth,
+        timeout_s=task.timeout_s or rt.config.limits.timeout_s,
+    )
+
+
+async def budget_above(rt: Runtime, parent: Run | None) -> Budget | None:
+    """The budget a run is opened within: its parent's, or what is left of it if that works in another process.
 
     Raises LimitError if its parent has ended: nobody is left to take the answer.
     """
     if parent is None:
-        return Budget(rt.config.limits.budget_usd if asked is None else asked)
+        return None
     if (live_parent := rt.live.get(parent.id)) is not None:
-        return Budget(asked, parent=live_parent.budget)
+        return live_parent.budget
     if parent.ended:
         raise LimitError(f"run {parent.id} has ended ({parent.status}) and delegates no more")
     # The parent works in another process. Its budget cannot be shared, but what is left of it now is known.
-    above = Budget(await rt.store.rest_of_budget(parent.id))
-    return Budget(rt.config.limits.budget_usd if asked is None else asked, parent=above)
+    return Budget.of_rest(await rt.store.rest_of_budget(parent.id), time.monotonic())
 
 
 def trace_of(parent: Run | None, span: SpanContext | None) -> str:
@@ -151,31 +182,57 @@ def trace_of(parent: Run | None, span: SpanContext | None) -> str:
     return span.trace_id if span else new_trace_id()
 
 
-def _cwd(project: Path, task: Task, parent: Run | None, source: SessionRow | None) -> Path:
+def _cwd(rt: Runtime, project: Path, task: Task, parent: Run | None, source: SessionRow | None) -> Path:
+    """The working directory, links followed. Raises ReachError for one the task may not have."""
     base = Path(parent.cwd) if parent else project
-    if task.cwd is not None:
-        return (base / task.cwd).resolve()
-    return Path(source.cwd) if source is not None else base
+    named = task.cwd or (Path(source.cwd) if source is not None else base)
+    cwd = resolved(named, base)
+    by_model = asked_by_model(
+        caller=task.caller is not None,
+        parent_kind=parent.kind if parent else None,
+        plan_by_model=parent is not None and (parent.caller is not None or parent.parent_id is not None),
+    )
+    allowed = reachable(rt, project, parent, by_model=by_model)
+    check_reach([cwd, *(resolved(directory, cwd) for directory in task.add_dirs)], allowed)
+    return cwd
 
 
-async def take_session(rt: Runtime, agent: Agent, row: Run) -> None:
-    assert row.session_id is not None
+def reachable(rt: Runtime, project: Path, parent: Run | None, *, by_model: bool) -> tuple[Path, ...] | None:
+    """Directories that may be worked in, with all below them; None: any."""
+    configured = rt.config.limits.allowed_dirs
+    return allowed_dirs(
+        configured=None if configured is None else map(rt.config.resolve, configured),
+        project_dir=rt.config.project_dir.resolve(),
+        project=project.resolve(),
+        parent_cwd=Path(parent.cwd) if parent else None,
+        workspaces=rt.config.data_path / "workspaces",
+        by_model=by_model,
+    )
+
+
+async def take_session(rt: Runtime, row: Run) -> None:
+    """Hold the session that is gone on with. Raises SessionBusyError."""
     if row.session_mode == "continue":
+        assert row.session_id is not None
         await rt.store.hold_session(row.session_id, row.id)
-        return
+
+
+def new_session(rt: Runtime, row: Run) -> SessionRow | None:
+    """The session the run begins, held by it; None if it goes on with one."""
+    if row.session_mode == "continue":
+        return None
+    assert row.session_id is not None
     now = now_us()
-    await rt.store.begin_session(
-        SessionRow(
-            id=row.session_id,
-            backend="claude",
-            agent=agent.id,
-            cwd=row.cwd,
-            home=str(rt.home),
-            parent_id=row.source_session_id,
-            locked_by=row.id,
-            created_us=now,
-            updated_us=now,
-        )
+    return SessionRow(
+        id=row.session_id,
+        backend="claude",
+        agent=row.name,
+        cwd=row.cwd,
+        home=str(rt.home),
+        parent_id=row.source_session_id,
+        locked_by=row.id,
+        created_us=now,
+        updated_us=now,
     )
 
 
@@ -185,9 +242,9 @@ async def withdraw(rt: Runtime, live: LiveRun) -> None:
     try:
         await rt.store.finish_run(row)
         await rt.store.delete_run(row.id)
-        if row.session_mode != "continue" and row.session_id is not None:
-            await rt.store.forget_session(row.session_id)
     finally:
+        live.budget.give_back()
+        rt.pool.leave_queue(row.id)
         rt.live.pop(row.id, None)
         live.outcome = row.outcome()
         live.ended.set()

@@ -1,7 +1,7 @@
 """The seam between the executor and a backend: conversations, how one is opened, what a CLI's dialect says.
 
-Three Protocols, because more than one implementation of each is known: a child process today, an API call and
-a fake later; one dialect module per CLI.
+Three Protocols, because more than one implementation of each is known: a child process, an API call, a fake;
+one dialect module per CLI. ``Spec`` is what is fixed when a process starts, ``Turn`` what each run brings along.
 """
 
 from collections.abc import Mapping
@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any, Literal, Protocol
 
 from orchestrator.errors import OrchestratorError
-from orchestrator.messages import ApiRetry, Message, ResultMessage
+from orchestrator.messages import ApiRetry, Message, RateLimitEvent, ResultMessage
 
 SessionMode = Literal["fresh", "continue", "fork"]
 
@@ -59,6 +59,21 @@ class Spec:
     settings: Mapping[str, Any] | None = None
 
 
+@dataclass(frozen=True, slots=True)
+class Turn:
+    """One prompt, and what holds from it on: ``env`` is added to the environment of the CLI and what it starts.
+
+    ``uuid`` must be new for every prompt that is meant to be answered; the backend swallows one it has seen.
+    ``model`` and ``permission_mode`` None leave what is in force.
+    """
+
+    prompt: str
+    uuid: str
+    env: Mapping[str, str] = field(default_factory=dict)
+    model: str | None = None
+    permission_mode: str | None = None
+
+
 class Conversation(Protocol):
     """A live connection to a backend that holds one session."""
 
@@ -67,7 +82,7 @@ class Conversation(Protocol):
         """The last part of what the backend wrote to stderr, for error messages."""
         ...
 
-    async def send(self, prompt: str) -> None:
+    async def send(self, turn: Turn) -> None:
         """Hand over one prompt. Send the next only after the result of this one was received."""
         ...
 
@@ -100,6 +115,10 @@ class Dialect(Protocol):
         """One line for stdin that delivers the prompt as data: no commands or file references in it act."""
         ...
 
+    def requests_of(self, turn: Turn) -> list[dict[str, Any]]:
+        """What has to be asked of the CLI, in this order, before the prompt of the turn."""
+        ...
+
     def encode_control(self, request_id: str, request: Mapping[str, Any]) -> bytes:
         """One line for stdin that asks something of the CLI itself."""
         ...
@@ -109,9 +128,22 @@ class Dialect(Protocol):
         ...
 
     def error_of(
-        self, result: ResultMessage, last_retry: ApiRetry | None, assistant_error: str | None
+        self,
+        result: ResultMessage,
+        last_retry: ApiRetry | None,
+        assistant_error: str | None,
+        *,
+        rate_limit: RateLimitEvent | None = None,
+        now: float | None = None,
     ) -> OrchestratorError | None:
-        """What a result says went wrong; None for an answer."""
+        """What a result says went wrong; None for an answer.
+
+        ``rate_limit`` is the turn's last word on usage limits; ``now`` is in seconds since 1970, as its times are.
+        """
+        ...
+
+    def start_refusal(self, stderr: str) -> dict[str, Any]:
+        """What the end of stderr says about why the CLI did not start: ``scope`` and ``advice`` of the error."""
         ...
 
     def fatal(self, retry: ApiRetry | None) -> OrchestratorError | None:

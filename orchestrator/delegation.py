@@ -10,15 +10,15 @@ import time
 
 import anyio
 
-from orchestrator.admission import admit, check_free, take_session, withdraw
+from orchestrator.admission import admit, take_session, withdraw
 from orchestrator.agents import Agent
 from orchestrator.endings import conclude, cost_of, ended_as, stop_children, summary
-from orchestrator.errors import OrchestratorError, RunCancelledError
-from orchestrator.outcome import Outcome
+from orchestrator.errors import OrchestratorError, QueueFullError, RunCancelledError
+from orchestrator.outcome import Outcome, Usage
+from orchestrator.parked_runs import converse_or_wait
 from orchestrator.runtime import LiveRun, Runtime
-from orchestrator.store import Run, now_us
+from orchestrator.store import Run
 from orchestrator.task import Task
-from orchestrator.turn import converse
 
 log = logging.getLogger(__name__)
 
@@ -30,7 +30,7 @@ async def delegate(rt: Runtime, task: Task) -> Outcome:
 
     A run that fails is an outcome, not an exception. Raises only what refuses the task before anything is
     spent: AgentNotFoundError, AgentError, ConfigError, PromptError, DepthLimitError, BudgetExceededError,
-    SessionNotFoundError, SessionBusyError, StoreError.
+    QueueFullError, SessionNotFoundError, SessionBusyError, StoreError.
     """
     return await attend(rt, await submit(rt, task))
 
@@ -58,10 +58,12 @@ async def submit(rt: Runtime, task: Task) -> str:
     if rt.closing:
         raise RunCancelledError("the orchestrator is shutting down", retryable=True)
     live, agent = await admit(rt, task)
+    await _enter_queue(rt, live.row.id, task)
     rt.live[live.row.id] = live
     try:
+        live.budget.start(live.row.depth, time.monotonic())
         await rt.store.create_run(live.row)
-        await take_session(rt, agent, live.row)
+        await take_session(rt, live.row)
         if live.parent is not None and live.parent.stop_error is not None:
             raise RunCancelledError(f"run {live.parent.row.id}, which delegates this one, is being stopped")
         if rt.closing:
@@ -73,6 +75,16 @@ async def submit(rt: Runtime, task: Task) -> str:
     rt.task_group.start_soon(_execute, rt, live, agent, task)
     rt.emit("run.created", live.row.id, **summary(live.row))
     return live.row.id
+
+
+async def _enter_queue(rt: Runtime, run_id: str, task: Task) -> None:
+    while True:
+        try:
+            return rt.pool.enter_queue(run_id)
+        except QueueFullError:
+            if task.on_full == "refuse":
+                raise
+            await rt.pool.wait_for_room()
 
 
 async def wait(rt: Runtime, run_id: str) -> Outcome:
@@ -110,9 +122,7 @@ async def _execute(rt: Runtime, live: LiveRun, agent: Agent, task: Task) -> None
     error: OrchestratorError | None = RunCancelledError("the orchestrator was stopped", retryable=True)
     try:
         with live.scope:
-            async with rt.slot(live.row.depth):
-                await _begin(rt, live)
-                await converse(rt, live, agent, task)
+            await converse_or_wait(rt, live, agent, task)
         # An answer that was in before the stop took effect stands.
         error = live.verdict if live.answered else live.stop_error
     except OrchestratorError as problem:
@@ -125,34 +135,21 @@ async def _execute(rt: Runtime, live: LiveRun, agent: Agent, task: Task) -> None
             await _end(rt, live, error)
 
 
-async def _begin(rt: Runtime, live: LiveRun) -> None:
-    live.row.status = "running"
-    live.row.started_us = now_us()
-    live.touch(time.monotonic())
-    if live.row.source_session_id is not None:
-        check_free(await rt.store.session(live.row.source_session_id))  # it may have waited long for its place
-    await rt.store.update_run(live.row.id, status="running", started_us=live.row.started_us)
-    rt.emit("run.started", live.row.id, **summary(live.row))
-
-
 async def _end(rt: Runtime, live: LiveRun, error: OrchestratorError | None) -> None:
     """Write the end, then tell."""
     if error is not None:
         await stop_children(rt, live)
     row, progress, result = live.row, live.progress, live.progress.result
-    before = progress.charge_usd
-    progress.cut_short()
-    live.budget.charge(progress.charge_usd - before)
     row.status = ended_as(error)
     row.error = error.to_dict() if error else None
-    row.text = progress.text
+    row.text = "\n\n".join(filter(None, (each.text for each in live.attempts)))
     if error is None and result is not None:
-        row.text = result.result or progress.text
+        row.text = progress.answer or row.text
         row.structured, row.has_structured = result.structured_output, result.has_structured_output
-    row.model_used = progress.model
-    usage = progress.usage
+    row.model_used = next((each.model for each in reversed(live.attempts) if each.model), None)
+    usage = sum((each.usage for each in live.attempts), Usage())
     row.input_tokens, row.output_tokens = usage.input_tokens, usage.output_tokens
     row.cache_read_tokens, row.cache_write_tokens = usage.cache_read_tokens, usage.cache_write_tokens
     row.cost_usd, row.cost_basis = cost_of(live)
-    row.num_turns = progress.num_turns
+    row.num_turns = sum(each.num_turns for each in live.attempts)
     await conclude(rt, live)

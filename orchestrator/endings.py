@@ -1,6 +1,7 @@
 """How a run ends: what it delegated first, then the record, then everyone who waits or watches."""
 
 import logging
+import time
 from collections.abc import Mapping
 from typing import Any
 
@@ -37,18 +38,22 @@ async def stop_children(rt: Runtime, live: LiveRun) -> None:
 async def conclude(rt: Runtime, live: LiveRun) -> None:
     """Commit the end that is on the row, then tell everyone who waits or watches. Call it under a shield."""
     row = live.row
-    row.ended_us = now_us()
-    rt.tokens.revoke(row.id)
+    # The clock may be set while a run works; how long it took is told by the other one.
+    took = None if live.began is None else int((time.monotonic() - live.began) * 1e6)
+    row.ended_us = now_us() if took is None or row.started_us is None else row.started_us + took
+    redact = rt.store.redact  # what is told is what is stored
+    row.text, row.error, row.structured = redact.text(row.text), redact.data(row.error), redact.data(row.structured)
     try:
         await rt.store.finish_run(row)
-        if row.session_mode in ("fresh", "fork") and not live.progress.initialised:
-            assert row.session_id is not None
+        if row.session_mode in ("fresh", "fork") and row.session_id and not live.progress.initialised:
             await rt.store.forget_session(row.session_id)
     except OrchestratorError:
-        # The disk is full or gone. Whoever waits must still be told; the next start marks the run interrupted.
+        # The disk is full or gone. Whoever waits must still be told; the end is written when there is room again.
         log.exception("run %s: its end could not be stored", row.id)
+        rt.unwritten[row.id] = row
     finally:
         live.outcome = row.outcome()
+        rt.pool.leave_queue(row.id)
         rt.live.pop(row.id, None)
         live.ended.set()
     rt.exporter.export(row)
@@ -58,12 +63,15 @@ async def conclude(rt: Runtime, live: LiveRun) -> None:
 
 def cost_of(live: LiveRun) -> tuple[float | None, Any]:
     """What the run cost and how that is known. Part of it without a known price makes the whole unknown."""
-    progress = live.progress
-    if progress.cost_usd is None or (progress.estimated and progress.unpriced):
-        if not live.progress.initialised:
-            return 0.0, None  # no request was made
+    begun = [each for each in live.attempts if each.initialised or each.cost_usd is not None]
+    if not begun:
+        return 0.0, None  # no request was made
+    costs = [None if each.estimated and each.unpriced else each.cost_usd for each in begun]
+    known = [cost for cost in costs if cost is not None]
+    if len(known) < len(costs):
         return None, None
-    return progress.cost_usd, "estimate" if progress.estimated else "cli"
+    estimated = live.row.fallback is not None or any(each.estimated for each in begun)
+    return sum(known), "estimate" if estimated else "cli"
 
 
 def summary(row: Run) -> dict[str, Any]:

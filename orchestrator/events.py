@@ -10,7 +10,11 @@ from typing import Any, Literal
 
 import anyio
 
-EventType = Literal["run.created", "run.started", "run.activity", "run.ended", "agents.changed", "plan.step"]
+PoolEvent = Literal["pool.waiting", "pool.started", "pool.assigned", "pool.retired", "pool.ended"]
+RunEvent = Literal[
+    "run.created", "run.started", "run.activity", "run.retried", "run.parked", "run.resumed", "run.ended"
+]
+EventType = RunEvent | Literal["agents.changed", "plan.step"] | PoolEvent
 
 
 @dataclass(frozen=True, slots=True)
@@ -56,6 +60,11 @@ class Events:
 
     def __init__(self) -> None:
         self._watchers: set[Watcher] = set()
+
+    @property
+    def watched(self) -> bool:
+        """Whether anybody watches."""
+        return bool(self._watchers)
 
     def emit(self, event: Event) -> None:
         for watcher in self._watchers:

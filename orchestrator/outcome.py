@@ -4,7 +4,8 @@ from typing import Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field
 
-RunStatus = Literal["queued", "running", "succeeded", "failed", "cancelled", "timed_out", "interrupted"]
+#: ``waiting``: parked until a usage limit of the provider ends.
+RunStatus = Literal["queued", "running", "waiting", "succeeded", "failed", "cancelled", "timed_out", "interrupted"]
 
 #: The states a run never leaves.
 ENDED: frozenset[RunStatus] = frozenset({"succeeded", "failed", "cancelled", "timed_out", "interrupted"})

@@ -13,7 +13,7 @@ from typing import Any
 
 import anyio
 
-from orchestrator.admission import open_budget, trace_of, withdraw
+from orchestrator.admission import budget_above, reachable, trace_of, withdraw
 from orchestrator.delegation import attend, delegate
 from orchestrator.endings import conclude, ended_as, stop_children, summary
 from orchestrator.errors import (
@@ -22,9 +22,10 @@ from orchestrator.errors import (
     RunCancelledError,
     RunTimeoutError,
 )
-from orchestrator.limits import check_depth
+from orchestrator.limits import Budget, budget_of
 from orchestrator.outcome import Outcome, Usage
 from orchestrator.plans import Plan, PlanState, StepChange, StepJob, drive
+from orchestrator.reach import asked_by_model, check_reach
 from orchestrator.runtime import LiveRun, Runtime
 from orchestrator.store import Run, now_us
 from orchestrator.task import Task
@@ -75,15 +76,26 @@ async def submit_plan(
     run_id = new_run_id()
     copy = workspace_copy(plan, bound, run_id, rt.config.data_path)
     parent = await rt.store.run(parent_id) if parent_id else None
-    budget = await open_budget(rt, plan.limits.budget_usd, parent)
-    budget.check()
-    check_depth(parent.depth + 1 if parent else 1, rt.config.limits.max_depth)
+    by_model = asked_by_model(caller=caller is not None, parent_kind=parent.kind if parent else None)
+    dirs = [base, copy.source] if copy else [base]
+    check_reach(dirs, reachable(rt, rt.config.project_dir, parent, by_model=by_model))
+    budget = budget_of(
+        rt.config.limits,
+        await budget_above(rt, parent),
+        depth=parent.depth if parent else 0,
+        usd=plan.limits.budget_usd,
+        timeout_s=plan.limits.timeout,
+    )
+    depth = parent.depth + 1 if parent else 1
+    budget.check_start(depth, time.monotonic())
     row = _new_row(rt, plan, run_id, bound, parent, parent_span)
     row.cwd = str(copy.target if copy else base)
-    row.caller, row.budget_usd = caller, budget.limit
+    row.caller, row.budget_usd = caller, budget.usd
+    row.options = {**row.options, "limits": budget.to_dict()}
     live = LiveRun(row, budget, touched=time.monotonic(), parent=rt.live.get(parent.id) if parent else None)
     rt.live[run_id] = live
     try:
+        budget.start(depth, time.monotonic())
         await rt.store.create_run(row)
         if rt.closing:
             raise RunCancelledError("the orchestrator is shutting down", retryable=True)
@@ -124,6 +136,7 @@ async def _execute(rt: Runtime, live: LiveRun, state: PlanState, copy: Workspace
     try:
         with live.scope:
             row.status, row.started_us = "running", now_us()
+            live.budget.began = time.monotonic()
             await rt.store.update_run(row.id, status="running", started_us=row.started_us)
             rt.emit("run.started", row.id, **summary(row))
             if copy is not None:
@@ -185,6 +198,7 @@ def step_task(job: StepJob, plan: Run) -> Task:
         max_turns=job.max_turns,
         parent_id=plan.id,
         step=job.job_id,
+        on_full="wait",  # the plan bounds its own fan-out; a step that has to wait is no failure
     )
 
 
@@ -198,9 +212,8 @@ def _tell(rt: Runtime, run_id: str, change: StepChange) -> None:
 async def _end(rt: Runtime, live: LiveRun, state: PlanState, error: OrchestratorError | None) -> None:
     row, outcome = live.row, state.outcome()
     await stop_children(rt, live)  # none is left but where the plan itself was torn down
-    if error is None and outcome.status == "failed" and live.budget.remaining == 0.0:
-        # Steps fail one by one when the money is gone; the plan has one reason.
-        error = BudgetExceededError(str((outcome.error or {}).get("message")))
+    if error is None and outcome.status == "failed":
+        error = _used_up(live.budget, outcome)
     row.status = outcome.status if error is None else ended_as(error)
     row.error = error.to_dict() if error else outcome.error
     row.text, row.structured, row.has_structured = outcome.text, outcome.structured, outcome.has_structured
@@ -210,6 +223,19 @@ async def _end(rt: Runtime, live: LiveRun, state: PlanState, error: Orchestrator
     except OrchestratorError:
         log.exception("plan %s: its figures could not be read", row.id)
     await conclude(rt, live)
+
+
+def _used_up(budget: Budget, outcome: Outcome) -> BudgetExceededError | None:
+    """Steps fail one by one when something is used up; the plan has one reason then, and only then."""
+    failed = (outcome.error or {}).get("details", {}).get("steps", {})
+    if BudgetExceededError.code not in {error.get("code") for error in failed.values()}:
+        return None
+    try:
+        Budget(parent=budget).check_start()
+    except BudgetExceededError as error:
+        error.message = f"{outcome.error['message']}: {error.message}" if outcome.error else error.message
+        return error
+    return None
 
 
 def sum_up(row: Run, below: Sequence[Run]) -> None:

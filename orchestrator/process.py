@@ -1,9 +1,7 @@
-"""A conversation over a child process, and the end of everything it started.
+"""A conversation over a child process.
 
 Each rule here was paid for: the prompt goes by stdin, never by argv; stderr is drained all the time or the child
-blocks; TERM comes before KILL because only TERM lets the CLI end the shells it started; what survives is found by
-the process tree as it was and by the run's id in the environment of every process, because each shell command of
-the CLI is a session of its own that no process group reaches.
+blocks; every question of the CLI is answered; what it says of one turn is never taken for the next one's.
 """
 
 import errno
@@ -11,30 +9,43 @@ import logging
 import subprocess
 import uuid
 from collections import deque
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Callable, Mapping, Sequence
 from contextlib import asynccontextmanager, suppress
 from pathlib import Path
+from typing import Any
 
 import anyio
+import anyio.to_thread
+import psutil
 from anyio.abc import Process
 
-from orchestrator.conversation import Dialect, Spec
-from orchestrator.errors import CLIExitError, CLINotFoundError, CLIStartError
+from orchestrator.cgroups import Cgroup, make_cgroup
+from orchestrator.conversation import Dialect, Spec, Turn
+from orchestrator.errors import BackendError, CLIExitError, CLINotFoundError, CLIStartError
 from orchestrator.framing import MessageDecoder
 from orchestrator.groups import unwrapped
-from orchestrator.killing import RUN_ID_ENV, StopTimes, death_signal_prefix, stop
-from orchestrator.messages import Message
+from orchestrator.killing import INSTANCE_ID_ENV, PROCESS_ID_ENV, StopTimes, death_signal_prefix, stop
+from orchestrator.messages import CommandLifecycle, ControlResponse, Message, ResultMessage, SystemInit
 
 log = logging.getLogger(__name__)
 
 READ_BYTES = 1 << 16
+#: Requests without whose success a turn would be another than the one asked for.
+_NEEDED = ("apply_flag_settings", "set_permission_mode")
 STDERR_TAIL_BYTES = 16 * 1024
 
 
 class ProcessConversation:
     """One CLI process that holds one session."""
 
-    def __init__(self, process: Process, dialect: Dialect, decoder: MessageDecoder) -> None:
+    def __init__(
+        self,
+        process: Process,
+        dialect: Dialect,
+        decoder: MessageDecoder,
+        on_ready: Callable[[], None] | None = None,
+        cgroup: Cgroup | None = None,
+    ) -> None:
         assert process.stdin is not None
         assert process.stdout is not None
         self._process = process
@@ -42,7 +53,11 @@ class ProcessConversation:
         self._stdout = process.stdout
         self._dialect = dialect
         self._decoder = decoder
+        self._on_ready = on_ready
+        self._cgroup = cgroup
         self._pending: deque[Message] = deque()
+        self._asked: dict[str, str] = {}
+        self._prompt_uuid: str | None = None
         self._stderr = bytearray()
         self._stderr_ended = anyio.Event()
         self._writing = anyio.Lock()
@@ -64,29 +79,85 @@ class ProcessConversation:
         """Lines of output that were not JSON and were passed over."""
         return self._decoder.skipped_lines
 
-    async def send(self, prompt: str) -> None:
-        await self._write(self._dialect.encode_prompt(prompt, str(uuid.uuid4())))
+    async def initialize(self) -> None:
+        """Have the CLI load what a turn needs before there is one; ``on_ready`` is called when it has."""
+        await self._write(self._request({"subtype": "initialize"}))
+
+    async def send(self, turn: Turn) -> None:
+        lines = [self._request(request) for request in self._dialect.requests_of(turn)]
+        self._prompt_uuid = turn.uuid
+        await self._write(b"".join([*lines, self._dialect.encode_prompt(turn.prompt, turn.uuid)]))
 
     async def interrupt(self) -> None:
-        await self._write(self._dialect.encode_control(uuid.uuid4().hex, {"subtype": "interrupt"}))
+        await self._write(self._request({"subtype": "interrupt", "cancel_queued": True}))
+
+    async def ask_to_end(self) -> None:
+        """The gentlest end: the CLI stops its turn and its shells, saves its totals and exits."""
+        await self._write(self._request({"subtype": "end_session"}))
+
+    async def end_orphans(self) -> None:
+        """End what is in the process's control group and no descendant of it, between two turns.
+
+        A command can leave behind what no mark and no parent tells of; without a group it is not found.
+        """
+        if self._cgroup is not None:
+            await anyio.to_thread.run_sync(_end_orphans, self._cgroup.path / "cgroup.procs", self.pid)
+
+    def _request(self, request: Mapping[str, Any]) -> bytes:
+        request_id = uuid.uuid4().hex
+        self._asked[request_id] = request["subtype"]
+        return self._dialect.encode_control(request_id, request)
 
     async def receive(self) -> Message:
-        while not self._pending:
-            try:
-                chunk = await self._stdout.receive(READ_BYTES)
-            except (anyio.EndOfStream, anyio.ClosedResourceError, anyio.BrokenResourceError):
-                self._pending.extend(self._decoder.close())
-                if not self._pending:
-                    raise await self._exit_error() from None
-            else:
-                self._pending.extend(self._decoder.feed(chunk))
-        self._heard = True
-        message = self._pending[0]
-        answer = self._dialect.answer_control(message)
-        if answer is not None:
-            # Every question is answered, or the turn hangs for ever.
-            await self._write(answer)
-        return self._pending.popleft()
+        while True:
+            if not self._pending:
+                await self._read()
+                continue
+            message = self._pending[0]
+            answer = self._dialect.answer_control(message)
+            if answer is not None:
+                # Every question is answered, or the turn hangs for ever.
+                await self._write(answer)
+            self._pending.popleft()
+            if not self._is_answer(message) and not self._is_of_another_turn(message):
+                return message
+
+    async def _read(self) -> None:
+        try:
+            chunk = await self._stdout.receive(READ_BYTES)
+        except (anyio.EndOfStream, anyio.ClosedResourceError, anyio.BrokenResourceError):
+            self._pending.extend(self._decoder.close())
+            if not self._pending:
+                raise await self._exit_error() from None
+        else:
+            self._pending.extend(self._decoder.feed(chunk))
+        self._heard = self._heard or bool(self._pending)
+
+    def _is_answer(self, message: Message) -> bool:
+        """Whether it answers a request of ours. Raises BackendError if one that a turn needs was refused."""
+        if isinstance(message, SystemInit):
+            self._ready()  # whatever became of the request, this CLI works
+        if not isinstance(message, ControlResponse) or message.request_id not in self._asked:
+            return False
+        asked = self._asked.pop(message.request_id)
+        if not message.ok and asked in _NEEDED:
+            raise BackendError(f"the CLI refused {asked}: {message.response.error or message.response.error_code}")
+        if asked == "initialize":
+            self._ready()
+        return True
+
+    def _ready(self) -> None:
+        if self._on_ready is not None:
+            self._on_ready()
+            self._on_ready = None
+
+    def _is_of_another_turn(self, message: Message) -> bool:
+        """What the CLI still says of the turn before must not be taken for this one's, above all a result."""
+        if isinstance(message, CommandLifecycle):
+            return message.command_uuid != self._prompt_uuid
+        if isinstance(message, ResultMessage) and message.user_message_uuids:
+            return self._prompt_uuid not in message.user_message_uuids
+        return False
 
     async def _write(self, line: bytes) -> None:
         async with self._writing:
@@ -105,7 +176,8 @@ class ProcessConversation:
         said = f": {tail[-500:]}" if tail else ""
         details = {"exit_code": code, "stderr": tail[-2000:], "skipped_lines": self.skipped_lines}
         if not self._heard and code is not None and code > 0:
-            return CLIStartError(f"the CLI refused to start (exit code {code}){said}", details=details)
+            message = f"the CLI refused to start (exit code {code}){said}"
+            return CLIStartError(message, details=details, **self._dialect.start_refusal(tail))
         return CLIExitError(f"the CLI ended (exit code {code}) before it gave a result{said}", details=details)
 
     async def drain_stderr(self) -> None:
@@ -130,16 +202,27 @@ async def connect_process(
     binary: Path,
     dialect: Dialect,
     max_line_bytes: int,
+    on_ready: Callable[[], None] | None = None,
+    prefix: Sequence[str] = (),
     times: StopTimes | None = None,
 ) -> AsyncIterator[ProcessConversation]:
     """Start the CLI for ``spec``; leaving the context ends it and every process it started.
 
+    ``on_ready`` is called when it has loaded what a turn needs, which takes most of a start. ``prefix`` is a
+    command that runs the CLI, such as one that lowers its priority.
+
     Raises CLINotFoundError or CLIStartError when it cannot be started.
     """
-    process = await _start(spec, binary, dialect)
-    conversation = ProcessConversation(process, dialect, MessageDecoder(max_line_bytes=max_line_bytes))
+    cgroup = await _own_cgroup(spec)
+    try:
+        process = await _start(spec, binary, dialect, [*(cgroup.prefix if cgroup else ()), *prefix])
+    except BaseException:
+        await _remove(cgroup)
+        raise
+    decoder = MessageDecoder(max_line_bytes=max_line_bytes)
+    conversation = ProcessConversation(process, dialect, decoder, on_ready, cgroup)
     log.debug("started pid %d: %s", process.pid, binary)
-    marks = {spec.env[RUN_ID_ENV]} if RUN_ID_ENV in spec.env else set()
+    marks = {spec.env[PROCESS_ID_ENV]} if PROCESS_ID_ENV in spec.env else set()
     ended_well = False
     try:
         with unwrapped():
@@ -147,11 +230,13 @@ async def connect_process(
                 tg.start_soon(conversation.drain_stderr)
                 tg.start_soon(conversation.close_output_after_exit)
                 try:
+                    await conversation.initialize()
                     yield conversation
                     ended_well = True
                 finally:
                     with anyio.CancelScope(shield=True):
-                        await stop(process, marks, times or StopTimes(), gently=ended_well)
+                        ask = conversation.ask_to_end if ended_well else None
+                        await stop(process, marks, times or StopTimes(), ask_to_end=ask, cgroup=cgroup)
                     tg.cancel_scope.cancel()
     finally:
         if conversation.skipped_lines:
@@ -160,14 +245,40 @@ async def connect_process(
             await process.aclose()
 
 
-async def _start(spec: Spec, binary: Path, dialect: Dialect) -> Process:
+def _end_orphans(members: Path, pid: int) -> None:
+    with suppress(OSError, psutil.Error):
+        # Read before the family is: a child that is born in between must not be taken for an orphan.
+        inside = {int(line) for line in members.read_text().split()}
+        family = {pid, *(child.pid for child in psutil.Process(pid).children(recursive=True))}
+        for orphan in inside - family:
+            with suppress(psutil.Error):
+                psutil.Process(orphan).kill()
+
+
+async def _own_cgroup(spec: Spec) -> Cgroup | None:
+    """A control group for the process and all it starts, where the system lets us make one."""
+    instance_id, process_id = spec.env.get(INSTANCE_ID_ENV), spec.env.get(PROCESS_ID_ENV)
+    if not instance_id or not process_id:
+        return None
+    # In a thread: the first time, it is tried whether the system does.
+    return await anyio.to_thread.run_sync(make_cgroup, instance_id, process_id)
+
+
+async def _remove(cgroup: Cgroup | None) -> None:
+    """Remove the group of a process that could not be started."""
+    if cgroup is not None:
+        with anyio.CancelScope(shield=True):
+            await anyio.to_thread.run_sync(cgroup.kill)
+
+
+async def _start(spec: Spec, binary: Path, dialect: Dialect, prefix: Sequence[str]) -> Process:
     if not _is_directory(spec.cwd):
         raise CLIStartError(
             f"the working directory {spec.cwd} does not exist", advice="Name a directory that exists."
         )
     try:
         return await anyio.open_process(
-            [*death_signal_prefix(), str(binary), *dialect.argv(spec)],
+            [*death_signal_prefix(), *prefix, str(binary), *dialect.argv(spec)],
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             stderr=subprocess.PIPE,

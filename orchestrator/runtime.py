@@ -4,33 +4,46 @@ A run lives in the runtime's task group, never in the request that asked for it:
 nothing it did not mean to cancel.
 """
 
-import hashlib
 import logging
 import os
-import secrets
 from collections.abc import AsyncIterator, Callable, Mapping
-from contextlib import AbstractAsyncContextManager, asynccontextmanager
+from contextlib import AbstractAsyncContextManager, asynccontextmanager, suppress
 from dataclasses import dataclass, field
+from functools import cached_property
 from pathlib import Path
 from typing import Any, Protocol
 
 import anyio
+import psutil
 from anyio.abc import TaskGroup, TaskStatus
 
 from orchestrator.agents import Catalog, CatalogChange, Root
 from orchestrator.backends import DIALECTS
+from orchestrator.backends.claude import environment
 from orchestrator.backends.claude_binary import find_binary
+from orchestrator.backends.claude_files import fingerprint
+from orchestrator.breakers import Breaker, Permit
+from orchestrator.breakers import BreakerConfig as BreakerSettings
 from orchestrator.config import Config, load_config
 from orchestrator.conversation import Conversation, Dialect, Spec
-from orchestrator.errors import OrchestratorError, RunCancelledError
-from orchestrator.events import Event, Events, EventType
+from orchestrator.errors import CLINotFoundError, OrchestratorError, RunCancelledError
+from orchestrator.events import Event, Events, EventType, PoolEvent
 from orchestrator.groups import unwrapped
-from orchestrator.killing import sweep
+from orchestrator.killing import reap, sweep
 from orchestrator.limits import Budget
+from orchestrator.logs import redact_logs
+from orchestrator.messages import RateLimitEvent
 from orchestrator.outcome import Outcome
+from orchestrator.parking import ReachedLimits, Waits, account_of
+from orchestrator.pool import OpenProcess, Pool, Tokens
+from orchestrator.pool_state import PoolLimits, PoolState
 from orchestrator.process import connect_process
 from orchestrator.progress import Progress
+from orchestrator.rates import Limiter, Rate, SlidingWindow
+from orchestrator.redaction import Redactor, secrets_of
+from orchestrator.retries import Retry
 from orchestrator.store import InstanceKind, Run, Store, open_store
+from orchestrator.streams import Broadcast
 from orchestrator.telemetry import Exporter, open_exporter
 
 log = logging.getLogger(__name__)
@@ -42,20 +55,46 @@ DEAD_OWNER_SECONDS = 15.0
 
 @dataclass(slots=True)
 class LiveRun:
-    """A run this runtime is working on: how to stop it, what is known so far, what it may spend."""
+    """A run this runtime is working on: how to stop it, what is known so far, what it may spend.
+
+    ``session_cwd`` is the directory its session was begun in.
+    """
 
     row: Run
     budget: Budget
+    session_cwd: str = ""
     scope: anyio.CancelScope = field(default_factory=anyio.CancelScope)
     ended: anyio.Event = field(default_factory=anyio.Event)
     progress: Progress = field(default_factory=Progress)
+    said: Broadcast = field(default_factory=Broadcast)
     touched: float = 0.0
+    began: float | None = None
     messages: int = 0
     answered: bool = False
+    commands: bool = False
     verdict: OrchestratorError | None = None
     stop_error: OrchestratorError | None = None
     outcome: Outcome | None = None
     parent: "LiveRun | None" = None
+    rate_limit: RateLimitEvent | None = None
+    permit: Permit | None = None
+    waits: Waits = field(default_factory=Waits)
+    earlier: list[Progress] = field(default_factory=list)
+    _paused_at: float = 0.0
+
+    @property
+    def attempts(self) -> list[Progress]:
+        """Every turn of the run: those that a usage limit ended, and the one it is in."""
+        return [*self.earlier, self.progress]
+
+    def pause(self, now: float, seconds: float) -> None:
+        """The last ``seconds`` were a wait for a limit's end: no time of this run's, nor of those above it."""
+        self.touched = now
+        if self.budget.began is not None:
+            self.budget.began += max(0.0, now - max(self._paused_at, now - seconds))
+        self._paused_at = now
+        if self.parent is not None:
+            self.parent.pause(now, seconds)
 
     def touch(self, now: float) -> None:
         """Something happened in this run. A parent waiting for a busy child is not idle either."""
@@ -79,32 +118,7 @@ class Door(Protocol):
 OpenDoor = Callable[["Runtime"], AbstractAsyncContextManager[Door]]
 
 
-class Tokens:
-    """Bearer tokens of running agents: which run calls? Only hashes are kept, and only while the run lasts."""
-
-    def __init__(self) -> None:
-        self._runs: dict[str, str] = {}
-
-    def __len__(self) -> int:
-        return len(self._runs)
-
-    def issue(self, run_id: str) -> str:
-        token = secrets.token_urlsafe(32)
-        self._runs[_digest(token)] = run_id
-        return token
-
-    def run_of(self, token: str) -> str | None:
-        return self._runs.get(_digest(token))
-
-    def revoke(self, run_id: str) -> None:
-        self._runs = {digest: run for digest, run in self._runs.items() if run != run_id}
-
-
-def _digest(token: str) -> str:
-    return hashlib.sha256(token.encode()).hexdigest()
-
-
-@dataclass(slots=True)
+@dataclass
 class Runtime:
     """The opened parts. Verbs (``delegate``, ``run_plan``) and doors take it as their first argument."""
 
@@ -117,13 +131,15 @@ class Runtime:
     environ: Mapping[str, str]
     tokens: Tokens = field(default_factory=Tokens)
     live: dict[str, LiveRun] = field(default_factory=dict)
+    unwritten: dict[str, Run] = field(default_factory=dict)
     door: Door | None = None
     closing: bool = False
+    reached: ReachedLimits = field(default_factory=ReachedLimits)
     watch_agents: bool = True
     _open_door: OpenDoor | None = None
     _catalogs: dict[Path, Catalog] = field(default_factory=dict)
     _door_lock: anyio.Lock = field(default_factory=anyio.Lock)
-    _slots: dict[int, anyio.CapacityLimiter] = field(default_factory=dict)
+    _pool: Pool | None = None
 
     def __repr__(self) -> str:
         return f"<Runtime live={len(self.live)} door={self.door.url if self.door else None}>"
@@ -134,9 +150,34 @@ class Runtime:
         configured = self.config.claude.home
         return self.config.resolve(configured) if configured else Path(self.environ.get("HOME") or Path.home())
 
-    def slot(self, depth: int) -> anyio.CapacityLimiter:
-        """Bounds CLI processes. One limiter per depth: a parent waiting for its child must not take its place."""
-        return self._slots.setdefault(depth, anyio.CapacityLimiter(self.config.limits.max_processes))
+    @cached_property
+    def account(self) -> str:
+        """Which provider account the CLIs use: a hash that tells nothing of the credential."""
+        claude = self.config.claude
+        env = environment(self.environ, home=self.home, pass_env=claude.pass_env, extra=claude.env)
+        return account_of(env, self.home, claude.base_url)
+
+    @cached_property
+    def breaker(self) -> Breaker:
+        """Lets no run begin for a while when those before failed, one after the other."""
+        return Breaker(BreakerSettings(**self.config.breaker.model_dump()), f"claude/{self.account}")
+
+    @cached_property
+    def limiter(self) -> Limiter:
+        """The rate at which runs begin."""
+        rate = self.config.limits.rate
+        return Limiter(*([SlidingWindow(Rate.parse(rate))] if rate else []))
+
+    @property
+    def retry(self) -> Retry:
+        """When a turn is given to another process."""
+        return Retry(**self.config.retry.model_dump())
+
+    @property
+    def pool(self) -> Pool:
+        """The CLI processes."""
+        assert self._pool is not None, "the pool is opened with the runtime"
+        return self._pool
 
     async def agents_of(self, project: Path) -> Catalog:
         """The agents of a project: its folders, the user's, the workspaces'. Read on first need, then watched."""
@@ -155,16 +196,29 @@ class Runtime:
     def dialect(self) -> Dialect:
         return DIALECTS["claude"]
 
-    def connect(self, spec: Spec) -> AbstractAsyncContextManager[Conversation]:
-        """Open a conversation. Raises CLINotFoundError when no CLI is installed."""
-        found = find_binary(self.config.claude_path, self.environ, self.home)
-        assert found.path is not None
+    def connect(
+        self, spec: Spec, on_ready: Callable[[], None] | None = None
+    ) -> AbstractAsyncContextManager[Conversation]:
+        """Start a CLI process. Raises CLINotFoundError when no CLI is installed."""
         return connect_process(
             spec,
-            binary=found.path,
+            binary=self._binary(),
             dialect=self.dialect,
             max_line_bytes=self.config.claude.max_line_bytes,
+            on_ready=on_ready,
         )
+
+    def _binary(self) -> Path:
+        found = find_binary(self.config.claude_path, self.environ, self.home)
+        assert found.path is not None
+        return found.path
+
+    def fingerprint(self, spec: Spec) -> str:
+        """The state of the files a process of the spec reads when it starts."""
+        try:
+            return fingerprint(self._binary(), spec.cwd, spec.env)
+        except CLINotFoundError:
+            return ""  # starting one will say so
 
     async def endpoint(self) -> str | None:
         """The URL agents may call back on; opens the door on first need. None if this runtime has no door."""
@@ -175,7 +229,8 @@ class Runtime:
 
     def emit(self, event: EventType, run_id: str | None, /, **data: Any) -> None:
         """Tell the watchers; the keywords are the event's data."""
-        self.events.emit(Event(event, run_id, data))
+        if self.events.watched:
+            self.events.emit(Event(event, run_id, self.store.redact.data(data)))
 
 
 async def _keep_door(rt: Runtime, open_door: OpenDoor, *, task_status: TaskStatus[Door]) -> None:
@@ -192,12 +247,14 @@ async def open_runtime(
     open_door: OpenDoor | None = None,
     environ: Mapping[str, str] | None = None,
     watch_agents: bool = True,
+    open_process: OpenProcess | None = None,
 ) -> AsyncIterator[Runtime]:
     """Open the store, the agents and the telemetry; close them in order, ending every run that still goes on.
 
     ``open_door`` serves MCP to the agents themselves (``mcp_tools.open_door``); without it they cannot delegate.
-    ``environ`` is the environment agents' variables are taken from (default: ours). Runs of processes that died
-    are marked ``interrupted`` first, and what they left running is ended.
+    ``environ`` is the environment agents' variables are taken from (default: ours). ``open_process`` opens
+    conversations in place of real CLIs (``orchestrator.testing.FakeProcesses``). Runs of processes that died are
+    marked ``interrupted`` first, and what they left running is ended.
 
     Raises ConfigError, StoreError.
     """
@@ -206,7 +263,12 @@ async def open_runtime(
     catalog = Catalog(agent_roots(config))
     catalog.load()
     events = Events()
-    async with open_store(config.store_path, kind=kind) as store, open_exporter(config, environ) as exporter:
+    redact = Redactor([*secrets_of(environ), *secrets_of(config.claude.env)])
+    redact_logs(redact)
+    async with (
+        open_store(config.store_path, kind=kind, redact=redact) as store,
+        open_exporter(config, environ, redact=redact) as exporter,
+    ):
         await clean_up_after_the_dead(store)
         with unwrapped():
             async with anyio.create_task_group() as tg:
@@ -214,6 +276,10 @@ async def open_runtime(
                     config, store, catalog, events, exporter, tg, environ,
                     watch_agents=watch_agents, _open_door=open_door,
                 )  # fmt: skip
+                _ = rt.limiter  # a rate that is none is told now
+                rt._pool = _open_pool(rt, open_process or rt.connect)  # noqa: SLF001  # the one part that needs the others
+                exporter.watch_pool(rt.pool.state)
+                tg.start_soon(rt.pool.tend)
                 tg.start_soon(_watch_cancels, rt)
                 if watch_agents:
                     await tg.start(_watch_agents, rt, catalog)
@@ -222,7 +288,40 @@ async def open_runtime(
                 finally:
                     with anyio.CancelScope(shield=True):
                         await close_runs(rt)
+                        with suppress(OrchestratorError):
+                            await write_ends(rt)
+                        await rt.pool.close()
                     tg.cancel_scope.cancel()
+
+
+def _open_pool(rt: Runtime, open_process: OpenProcess) -> Pool:
+    limits, pool = rt.config.limits, rt.config.pool
+    state = PoolState(
+        PoolLimits(
+            max_processes=limits.max_processes,
+            max_idle=pool.max_idle,
+            max_sessions=pool.max_sessions,
+            max_starts=pool.max_starts or os.cpu_count() or 1,
+            memory_mb=pool.memory_mb or psutil.virtual_memory().total / 2e6,
+            idle_s=pool.idle_s,
+            session_idle_s=pool.session_idle_s,
+        )
+    )
+
+    def emit(event: PoolEvent, data: Mapping[str, Any]) -> None:
+        run_id = data.get("run_id")
+        rt.emit(event, run_id, **{name: value for name, value in data.items() if name != "run_id"})
+
+    return Pool(
+        rt.task_group,
+        state,
+        open_process=open_process,
+        fingerprint=rt.fingerprint,
+        tokens=rt.tokens,
+        instance_id=rt.store.instance_id,
+        max_queue=limits.max_queue,
+        emit=emit,
+    )
 
 
 def agent_roots(config: Config, project: Path | None = None) -> list[Root]:
@@ -250,10 +349,22 @@ async def close_runs(rt: Runtime) -> None:
 
 async def clean_up_after_the_dead(store: Store) -> None:
     """Mark the runs of processes that are gone as ``interrupted``, and end what they left running."""
+    dead = await store.bury_dead_instances()
     abandoned = await store.interrupt_abandoned()
-    if abandoned:
-        killed = await anyio.to_thread.run_sync(sweep, {run.id for run in abandoned})
+    if not dead and not abandoned:
+        return
+    # By id, never by name: what carries the id of an instance that is gone was started by it.
+    killed = await anyio.to_thread.run_sync(reap, {*dead, *(run.instance_id for run in abandoned)})
+    killed += await anyio.to_thread.run_sync(sweep, {run.id for run in abandoned})
+    if abandoned or killed:
         log.warning("marked %d abandoned runs as interrupted, ended %d processes of theirs", len(abandoned), killed)
+
+
+async def write_ends(rt: Runtime) -> None:
+    """Store the ends of runs that could not be stored when they came. Raises StoreError if they still cannot."""
+    for row in list(rt.unwritten.values()):
+        await rt.store.finish_run(row)
+        del rt.unwritten[row.id]
 
 
 async def _watch_cancels(rt: Runtime) -> None:
@@ -262,6 +373,7 @@ async def _watch_cancels(rt: Runtime) -> None:
     while True:
         await anyio.sleep(CANCEL_POLL_SECONDS)
         try:
+            await write_ends(rt)
             for run_id in await rt.store.cancels_requested() if rt.live else ():
                 if run := rt.live.get(run_id):
                     run.stop(RunCancelledError("cancelled on request"))
@@ -277,6 +389,7 @@ async def _watch_agents(
     rt: Runtime, catalog: Catalog, *, task_status: TaskStatus[None] = anyio.TASK_STATUS_IGNORED
 ) -> None:
     def changed(change: CatalogChange) -> None:
+        rt.pool.forget_agents({*change.changed, *change.removed})
         rt.emit("agents.changed", None, **change.model_dump(mode="json"))
 
     await catalog.watch(on_change=changed, task_status=task_status)

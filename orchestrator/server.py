@@ -24,6 +24,7 @@ from orchestrator import __version__
 from orchestrator.errors import ServerUnavailableError
 from orchestrator.runtime import Door, Runtime, close_runs
 from orchestrator.store import now_us
+from orchestrator.warming import keep_warm
 
 log = logging.getLogger(__name__)
 
@@ -95,6 +96,7 @@ async def serve(
         async with open_doors(rt, host=host, port=port, token=token) as doors:
             assert doors.line_port is not None
             rt.door = doors
+            rt.task_group.start_soon(keep_warm, rt)
             state = ServerState(os.getpid(), doors.url, doors.line_port, token, __version__, now_us())
             with anyio.open_signal_receiver(signal.SIGTERM, signal.SIGINT) as signals:
                 with published(data, state):

@@ -39,7 +39,10 @@ SUBSCRIPTION_ID = "io.modelcontextprotocol/subscriptionId"
 CALLER = "orchestrator/caller"
 
 # A server started from inside an agent must not be taken for a part of that agent's run, nor join its trace.
-NOT_FOR_THE_SERVER = ("ORCHESTRATOR_RUN_ID", "ORCHESTRATOR_RUN_TOKEN", "TRACEPARENT", "TRACESTATE")
+NOT_FOR_THE_SERVER = (
+    *("ORCHESTRATOR_RUN_ID", "ORCHESTRATOR_RUN_TOKEN", "ORCHESTRATOR_PROCESS_ID", "ORCHESTRATOR_INSTANCE_ID"),
+    *("CLAUDE_CODE_SESSION_ID", "TRACEPARENT", "TRACESTATE"),
+)
 
 
 class NoServerError(Exception):

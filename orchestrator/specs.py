@@ -1,5 +1,6 @@
 """From an agent's file, a task and the settings to what is fixed when the agent's process starts."""
 
+import uuid
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -10,13 +11,16 @@ from orchestrator.config import ClaudeConfig
 from orchestrator.conversation import McpEndpoint, SessionMode, Spec
 from orchestrator.errors import AgentError
 from orchestrator.killing import RUN_ID_ENV
+from orchestrator.pool import TOKEN_ENV
+from orchestrator.reach import check_unmoved
 from orchestrator.runtime import LiveRun, Runtime
+from orchestrator.sandbox import run_settings, setting_sources
 from orchestrator.store import Run
 from orchestrator.task import Task
 from orchestrator.telemetry import cli_environment
 from orchestrator.tracing import SpanContext
 
-TOKEN_ENV = "ORCHESTRATOR_RUN_TOKEN"  # noqa: S105  # the variable's name, not a token
+HEADERS_ENV = "ANTHROPIC_CUSTOM_HEADERS"
 MCP_NAME = "orchestrator"
 SERVER = f"mcp__{MCP_NAME}"
 # The tools of that server, which this package does not import; a test holds the list against it.
@@ -32,15 +36,16 @@ SUBAGENT_TOOLS = ("Agent", "Task", "Workflow")
 async def build_spec(rt: Runtime, live: LiveRun, agent: Agent, task: Task) -> Spec:
     """The process specification of a run. Raises what ``permission_mode`` raises."""
     row = live.row
-    assert row.session_id is not None
     url = await rt.endpoint() if agent.may_delegate() else None
+    check_unmoved(Path(row.cwd))
+    sandboxed = agent.sandbox is not None
     servers, secrets = hide_values(agent.mcp_servers)
     tools, rules = split_tools(agent.tools)
     mode: SessionMode = row.session_mode  # type: ignore[assignment]  # written by session_mode(), read from our own row
     return Spec(
         cwd=Path(row.cwd),
-        env=secrets | _environ(rt, live, url, searchable=tools is None or "ToolSearch" in tools),
-        session_id=row.session_id,
+        env=secrets | _environ(rt, row, searchable=tools is None or "ToolSearch" in tools),
+        session_id=row.session_id or str(uuid.uuid4()),
         session_mode=mode,
         source_session_id=row.source_session_id,
         model=row.model_requested,
@@ -53,13 +58,16 @@ async def build_spec(rt: Runtime, live: LiveRun, agent: Agent, task: Task) -> Sp
         permission_mode=permission_mode(rt, agent, task),
         effort=task.effort or agent.effort,
         max_turns=task.max_turns or agent.max_turns or rt.config.limits.max_turns,
-        budget_usd=live.budget.remaining,
+        # Ours counts what streams; what sub-agents spend is told with the result, so there the CLI counts too.
+        budget_usd=live.budget.left.usd if agent.may_use_subagents() else None,
         add_dirs=task.add_dirs,
         output_schema=task.output_schema,
         mcp=(McpEndpoint(MCP_NAME, url, TOKEN_ENV),) if url else (),
         mcp_servers=servers,
-        setting_sources=_setting_sources(rt, row),
-        settings=task.settings,
+        setting_sources=setting_sources(_setting_sources(rt, row), sandboxed=sandboxed),
+        settings=run_settings(
+            task.settings, sandboxed=sandboxed, allow_bypass=rt.config.claude.allow_bypass_permissions
+        ),
     )
 
 
@@ -139,21 +147,29 @@ def permission_mode(rt: Runtime, agent: Agent, task: Task) -> str:
     return mode
 
 
-def _environ(rt: Runtime, live: LiveRun, url: str | None, *, searchable: bool) -> dict[str, str]:
-    row, claude = live.row, rt.config.claude
-    span = SpanContext(row.trace_id, row.id)
-    extra: dict[str, str] = {
-        **_patience(claude),
-        **cli_environment(rt.config, rt.environ, span, row.name),
+def turn_environ(row: Run, env: Mapping[str, str]) -> dict[str, str]:
+    """Variables that tell a turn's run: for the spans of the CLI, the headers of its requests, and its shells.
+
+    ``env`` is the environment of its process, whose own headers stay.
+    """
+    headers = filter(None, (env.get(HEADERS_ENV), f"X-Orchestrator-Run-Id: {row.id}"))
+    return {
+        "TRACEPARENT": SpanContext(row.trace_id, row.id).traceparent,
+        HEADERS_ENV: "\n".join(headers),
         RUN_ID_ENV: row.id,
     }
+
+
+def _environ(rt: Runtime, row: Run, *, searchable: bool) -> dict[str, str]:
+    claude = rt.config.claude
+    spans = cli_environment(rt.config, rt.environ, SpanContext(row.trace_id, row.id), row.name)
+    # What differs from run to run comes with the turn: the process may serve others, or wait for one.
+    extra = {**_patience(claude), **{name: value for name, value in spans.items() if name != "TRACEPARENT"}}
     if claude.base_url:
         extra["ANTHROPIC_BASE_URL"] = claude.base_url
     if not searchable:
         # The CLI would offer a placeholder for deferred tools, which an agent without the search tool never has.
         extra["ENABLE_TOOL_SEARCH"] = "false"
-    if url:
-        extra[TOKEN_ENV] = rt.tokens.issue(row.id)
     return environment(rt.environ, home=rt.home, pass_env=claude.pass_env, extra={**extra, **claude.env})
 
 

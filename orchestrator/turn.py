@@ -1,18 +1,27 @@
-"""One turn of a run with its CLI: send the prompt, take in what comes, keep time, judge the result."""
+"""One turn of a run over a conversation: send the prompt, take in what comes, keep time, judge the result."""
 
 import time
+from collections.abc import Awaitable, Callable, Coroutine
+from dataclasses import replace
+from functools import partial
+from typing import Any
 
 import anyio
 
-from orchestrator.agents import Agent
-from orchestrator.conversation import Conversation
+from orchestrator.conversation import Conversation, Turn
 from orchestrator.endings import figures
-from orchestrator.errors import BackendError, OrchestratorError, RunTimeoutError, StructuredOutputError
+from orchestrator.errors import (
+    BackendError,
+    BudgetExceededError,
+    OrchestratorError,
+    RunTimeoutError,
+    StructuredOutputError,
+)
 from orchestrator.groups import unwrapped
-from orchestrator.messages import KeepAlive, Message, StreamEvent
+from orchestrator.limits import refuse_unknown_cost
+from orchestrator.messages import AssistantMessage, KeepAlive, Message, RateLimitEvent, StreamEvent
+from orchestrator.parking import CONTINUE_PROMPT, Redelivery, continue_uuid
 from orchestrator.runtime import LiveRun, Runtime
-from orchestrator.specs import build_spec
-from orchestrator.store import Run
 from orchestrator.task import Task
 
 # How long a stopped CLI may take to say what the turn had cost.
@@ -20,49 +29,76 @@ WIND_DOWN_SECONDS = 0.7
 # How often the text of a running turn is put on its row: what a crash leaves behind is at most this old.
 TEXT_SECONDS = 0.25
 TEXT_CHARS_PER_SECOND = 1_000_000
+#: Tools that can start processes which outlive the call.
+SHELLS = ("Bash", "PowerShell", "Monitor", "REPL")
+
+Send = Callable[[Turn], Coroutine[Any, Any, None]]
 
 
-async def converse(rt: Runtime, live: LiveRun, agent: Agent, task: Task) -> None:
-    """One turn with the CLI; sets the verdict on ``live``."""
-    limits = rt.config.limits
-    wall, idle = task.timeout_s or limits.timeout_s, task.idle_timeout_s or limits.idle_timeout_s
-    live.budget.check()  # others may have spent it while this run waited for its place
-    spec = await build_spec(rt, live, agent, task)
-    async with rt.connect(spec) as conversation:
-        try:
-            with unwrapped():
-                async with anyio.create_task_group() as tg:
-                    tg.start_soon(_watch_time, live, wall, idle)
-                    tg.start_soon(_note_text, rt, live)
-                    tg.start_soon(conversation.send, _first_words(agent, live.row, task))
-                    await _listen(rt, live, conversation)
-                    tg.cancel_scope.cancel()
-        except BaseException:
-            with anyio.CancelScope(shield=True), anyio.move_on_after(WIND_DOWN_SECONDS):
-                await _wind_down(rt, live, conversation)
-            if live.progress.result is not None and verdict(rt, live, task.output_schema is not None) is None:
-                live.answered = True  # the answer was on its way when the run was stopped
-            raise
-        live.verdict = verdict(rt, live, task.output_schema is not None)
-        live.answered = True
+async def hold_turn(
+    rt: Runtime, live: LiveRun, task: Task, conversation: Conversation, send: Send, turn: Turn
+) -> None:
+    """Have the turn answered; sets the verdict on ``live``. When it is stopped, what the CLI still says is kept."""
+    schema_asked = task.output_schema is not None
+    try:
+        await _converse(rt, live, task, conversation, send, turn)
+    except BaseException as stopped:
+        with anyio.CancelScope(shield=True), anyio.move_on_after(WIND_DOWN_SECONDS):
+            await _wind_down(rt, live, conversation)
+        answered = live.progress.result is not None and verdict(rt, live, schema_asked) is None
+        if answered and not isinstance(stopped, BudgetExceededError):
+            live.answered = True  # the answer was on its way when the run was stopped
+        raise
+    live.verdict = verdict(rt, live, schema_asked)
+    live.answered = True
 
 
-def _first_words(agent: Agent, row: Run, task: Task) -> str:
-    if row.session_mode == "fresh" and agent.initial_prompt:
-        return f"{agent.initial_prompt}\n\n{task.prompt}"
-    return task.prompt
+async def _converse(
+    rt: Runtime, live: LiveRun, task: Task, conversation: Conversation, send: Send, turn: Turn
+) -> None:
+    idle = task.idle_timeout_s or rt.config.limits.idle_timeout_s
+    go_on = replace(turn, prompt=CONTINUE_PROMPT, uuid=continue_uuid(live.row.id, live.waits.parks))
+    with unwrapped():
+        async with anyio.create_task_group() as tg:
+            tg.start_soon(_watch_time, live, idle)
+            tg.start_soon(_note_text, rt, live)
+            tg.start_soon(send, turn)
+            await _listen(rt, live, conversation, Redelivery(turn.uuid), partial(send, go_on))
+            tg.cancel_scope.cancel()
 
 
-async def _listen(rt: Runtime, live: LiveRun, conversation: Conversation) -> None:
+async def _listen(
+    rt: Runtime,
+    live: LiveRun,
+    conversation: Conversation,
+    redelivery: Redelivery,
+    go_on: Callable[[], Awaitable[None]],
+) -> None:
     """Take in messages up to the result, each recorded before it is acted upon."""
-    while live.progress.result is None:
-        await take(rt, live, await conversation.receive())
+    while True:
+        spent = live.progress.charge_usd
+        message = await conversation.receive()
+        await take(rt, live, message)
+        if redelivery.swallowed(message):
+            if not live.earlier:
+                raise BackendError("the session has had this prompt already; it is not answered again")
+            await go_on()
         if live.progress.unreadable is not None:
             raise BackendError(f"the CLI's result could not be read: {live.progress.unreadable}")
-        if live.progress.result is None:
-            if (fatal := rt.dialect.fatal(live.progress.last_retry)) is not None:
-                raise fatal
-            live.budget.check()
+        result = live.progress.result
+        if result is None and (fatal := rt.dialect.fatal(live.progress.last_retry)) is not None:
+            raise fatal
+        # An answer that is in stands although others have used up what was left; not if it did so itself.
+        if result is None or live.progress.charge_usd > spent:
+            _check_budget(rt, live)
+        if result is not None:
+            return
+
+
+def _check_budget(rt: Runtime, live: LiveRun) -> None:
+    if (model := live.progress.unpriced_model) is not None:
+        refuse_unknown_cost(live.budget, model, rt.config.limits.on_unknown_cost)
+    live.budget.check()
 
 
 async def _note_text(rt: Runtime, live: LiveRun) -> None:
@@ -78,19 +114,37 @@ async def _note_text(rt: Runtime, live: LiveRun) -> None:
 async def take(rt: Runtime, live: LiveRun, message: Message) -> None:
     """Record one message and update what is known of the run: its figures, its budget, its watchers."""
     live.touch(time.monotonic())
-    before, activity, known = live.progress.charge_usd, live.progress.activity, live.progress.initialised
-    live.progress.feed(message)
-    live.budget.charge(live.progress.charge_usd - before)
+    progress = live.progress
+    activity, known = progress.activity, progress.initialised
+    progress.feed(message)
+    _notice(rt, live, message)
+    live.budget.settle(
+        usd=sum(each.charge_usd for each in live.attempts),
+        tokens=sum(each.usage.total_tokens for each in live.attempts),
+        turns=sum(each.charge_turns for each in live.attempts),
+    )
     if not isinstance(message, StreamEvent | KeepAlive):
         # Deltas are not kept one by one: the assistant message that follows says the same in one row.
         raw = message.raw()
         live.messages += 1
         await rt.store.add_message(live.row.id, live.messages, raw.get("type", "?"), raw.get("subtype"), raw)
-    if live.progress.initialised and not known:
-        assert live.row.session_id is not None
+    live.said.publish(message, live.messages)
+    if live.progress.initialised and not known and not live.earlier and live.row.session_id is not None:
         await rt.store.count_turn(live.row.session_id, live.row.id)
     if live.progress.activity != activity:
         rt.emit("run.activity", live.row.id, **figures(live))
+
+
+def _notice(rt: Runtime, live: LiveRun, message: Message) -> None:
+    """What a message says beside the progress of the turn."""
+    match message:
+        case RateLimitEvent():
+            live.rate_limit = message
+        case StreamEvent() if live.permit is not None and live.permit.probe:
+            # The provider works. Told at once: what this run delegates must not wait for its end.
+            rt.breaker.success(live.permit, anyio.current_time())
+        case AssistantMessage():
+            live.commands = live.commands or any(use.name in SHELLS for use in message.tool_uses)
 
 
 async def _wind_down(rt: Runtime, live: LiveRun, conversation: Conversation) -> None:
@@ -103,23 +157,27 @@ async def _wind_down(rt: Runtime, live: LiveRun, conversation: Conversation) -> 
             return
 
 
-async def _watch_time(live: LiveRun, wall: float, idle: float) -> None:
+async def _watch_time(live: LiveRun, idle: float) -> None:
     """Stop the run when it takes too long, or when nothing has been heard of it and its children for too long."""
-    deadline = time.monotonic() + wall
     while True:
-        now = time.monotonic()
-        if now >= deadline:
-            live.stop(RunTimeoutError(f"the run took longer than {wall:g} s", details={"kind": "wall"}))
-        elif now >= live.touched + idle:
+        now, deadline = time.monotonic(), live.budget.left.deadline
+        try:
+            live.budget.check_time(now)
+        except OrchestratorError as error:
+            live.stop(error)
+        if now >= live.touched + idle:
             live.stop(RunTimeoutError(f"nothing was heard of the run for {idle:g} s", details={"kind": "idle"}))
-        await anyio.sleep(max(0.01, min(deadline, live.touched + idle) - now))
+        ends = live.touched + idle if deadline is None else min(deadline, live.touched + idle)
+        await anyio.sleep(max(0.01, ends - now))
 
 
 def verdict(rt: Runtime, live: LiveRun, schema_asked: bool) -> OrchestratorError | None:
     """Whether the turn is an answer. A schema asked for and no structured output is an error, whatever was said."""
     progress = live.progress
     assert progress.result is not None
-    error = rt.dialect.error_of(progress.result, progress.last_retry, progress.assistant_error)
+    error = rt.dialect.error_of(
+        progress.result, progress.last_retry, progress.assistant_error, rate_limit=live.rate_limit, now=time.time()
+    )
     if error is None and schema_asked and not progress.result.has_structured_output:
         return StructuredOutputError("the agent answered in text where structured output was asked for")
     return error

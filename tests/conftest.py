@@ -64,6 +64,8 @@ def settings(tmp_path: Path, base_url: str) -> dict[str, Any]:
         "claude.max_retries": 1,
         "claude.stream_idle_timeout_s": 10,
         "limits.timeout_s": 60,
+        # Tests of failures make many in a row; those of the breaker lower it.
+        "breaker.failure_threshold": 1000,
         "limits.idle_timeout_s": 60,
     }
 

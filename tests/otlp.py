@@ -1,7 +1,7 @@
-"""A trace collector for tests: a real OTLP/HTTP server on loopback that keeps every span it is sent.
+"""A collector for tests: a real OTLP/HTTP server on loopback that keeps every span and every figure it is sent.
 
 It takes both encodings (``application/x-protobuf`` and ``application/json``), plain or compressed, on
-``/v1/traces``; metrics and logs are accepted and dropped. ``status`` makes it refuse instead.
+``/v1/traces`` and ``/v1/metrics``; logs are accepted and dropped. ``status`` makes it refuse instead.
 """
 
 import base64
@@ -17,6 +17,7 @@ import anyio
 import h11
 from anyio.abc import SocketAttribute, SocketStream
 from google.protobuf import json_format  # type: ignore[import-untyped]  # it ships no types
+from opentelemetry.proto.collector.metrics.v1.metrics_service_pb2 import ExportMetricsServiceRequest
 from opentelemetry.proto.collector.trace.v1.trace_service_pb2 import ExportTraceServiceRequest
 
 from orchestrator.groups import unwrapped
@@ -48,6 +49,20 @@ class ReceivedSpan:
         return str(self.resource.get("service.name", ""))
 
 
+@dataclass(frozen=True, slots=True)
+class ReceivedPoint:
+    """One figure as it arrived; of a histogram the sum. ``count`` is how many values a histogram has, else None."""
+
+    name: str
+    kind: str
+    unit: str
+    value: float
+    count: int | None
+    bounds: tuple[float, ...]
+    attributes: dict[str, Any]
+    resource: dict[str, Any]
+
+
 class OtlpReceiver:
     """What ``otlp_receiver`` opens. ``requests`` has (path, content type) of all that came, refused ones too."""
 
@@ -55,6 +70,7 @@ class OtlpReceiver:
         self.endpoint = endpoint
         self.status = 200
         self.spans: list[ReceivedSpan] = []
+        self.points: list[ReceivedPoint] = []
         self.requests: list[tuple[str, str]] = []
         self.headers: list[dict[str, str]] = []
         self._arrived = anyio.Event()
@@ -62,6 +78,19 @@ class OtlpReceiver:
     def named(self, name: str) -> list[ReceivedSpan]:
         """The spans of that name."""
         return [span for span in self.spans if span.name == name]
+
+    def latest(self, name: str, **attributes: str) -> ReceivedPoint:
+        """The last figure of that name with these attributes (``__`` for dots); raises IndexError if none came."""
+        wanted = {key.replace("__", "."): value for key, value in attributes.items()}.items()
+        return [each for each in self.points if each.name == name and wanted <= each.attributes.items()][-1]
+
+    async def wait_for_points(self, wanted: Callable[[list[ReceivedPoint]], Any], timeout: float = 10) -> None:
+        """Wait until ``wanted`` holds for the figures that came. Raises TimeoutError naming them."""
+        with anyio.move_on_after(timeout):
+            while not wanted(self.points):
+                await self._arrived.wait()
+            return
+        raise TimeoutError(f"not the figures waited for after {timeout} s; seen: {self.points}")
 
     async def wait_for(
         self, wanted: Callable[[list[ReceivedSpan]], Any], timeout: float = 10
@@ -95,6 +124,9 @@ class OtlpReceiver:
         self.headers.append(headers)
         if self.status == 200 and path == "/v1/traces":
             self.spans += spans_of(decoded(body, kind, headers.get("content-encoding", "")))
+        if self.status == 200 and path == "/v1/metrics":
+            request = ExportMetricsServiceRequest()
+            self.points += points_of(decoded(body, kind, headers.get("content-encoding", ""), request))
         # Whoever waits looks again after each request, refused ones included.
         self._arrived.set()
         self._arrived = anyio.Event()
@@ -116,13 +148,13 @@ async def otlp_receiver(*, port: int = 0) -> AsyncIterator[OtlpReceiver]:
                 tasks.cancel_scope.cancel()
 
 
-def decoded(body: bytes, kind: str, encoding: str) -> ExportTraceServiceRequest:
-    """The request in a body, whichever way it was encoded and compressed."""
+def decoded(body: bytes, kind: str, encoding: str, into: Any = None) -> Any:
+    """The request in a body, of traces if nothing else is given, however it was encoded and compressed."""
     if encoding == "gzip":
         body = gzip.decompress(body)
     elif encoding == "deflate":
         body = zlib.decompress(body)
-    request = ExportTraceServiceRequest()
+    request = ExportTraceServiceRequest() if into is None else into
     if "json" in kind:
         json_format.ParseDict(_with_base64_ids(json.loads(body)), request, ignore_unknown_fields=True)
     else:
@@ -149,6 +181,25 @@ def spans_of(request: ExportTraceServiceRequest) -> Iterable[ReceivedSpan]:
                     end=span.end_time_unix_nano // 1000,
                     status=STATUS_NAMES[span.status.code],
                     status_message=span.status.message,
+                )
+
+
+def points_of(request: ExportMetricsServiceRequest) -> Iterable[ReceivedPoint]:
+    """The figures of a request, in order."""
+    for group in request.resource_metrics:
+        for metric in (metric for scoped in group.scope_metrics for metric in scoped.metrics):
+            kind = metric.WhichOneof("data")
+            for point in getattr(metric, kind).data_points:
+                histogram = kind == "histogram"
+                yield ReceivedPoint(
+                    name=metric.name,
+                    kind=kind,
+                    unit=metric.unit,
+                    value=point.sum if histogram else getattr(point, point.WhichOneof("value")),
+                    count=point.count if histogram else None,
+                    bounds=tuple(point.explicit_bounds) if histogram else (),
+                    attributes=_attributes(point.attributes),
+                    resource=_attributes(group.resource.attributes),
                 )
 
 

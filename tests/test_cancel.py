@@ -293,7 +293,9 @@ def say(**message):
     print(json.dumps(message), flush=True)
 
 say(type="system", subtype="init")
-exec(json.loads(sys.stdin.readline())["message"]["content"])
+while (line := json.loads(sys.stdin.readline()))["type"] != "user":
+    pass
+exec(line["message"]["content"])
 """
 
 

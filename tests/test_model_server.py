@@ -396,13 +396,15 @@ async def test_breaks_without_streaming(fault: Fault, end: str) -> None:
 
 
 async def test_faulty_bodies_without_streaming() -> None:
-    rules = [Rule([Reply(fault=Fault(malformed_at=0)), Reply(fault=Fault(error_at=0, message="broken"))])]
-    async with serving(rules) as (_, client):
-        malformed, error = await post(client), await post(client)
+    overload = Fault(error_at=0, error_type="overloaded_error")
+    faults = [Fault(malformed_at=0), Fault(error_at=0, message="broken"), overload]
+    async with serving([Rule([Reply(fault=fault) for fault in faults])]) as (_, client):
+        malformed, error, overloaded = [await post(client) for _ in faults]
     assert malformed.status_code == 200
     with pytest.raises(json.JSONDecodeError):
         malformed.json()
     assert (error.status_code, error.json()["error"]) == (500, {"type": "api_error", "message": "broken"})
+    assert (overloaded.status_code, overloaded.json()["error"]["type"]) == (529, "overloaded_error")
 
 
 @pytest.mark.parametrize(

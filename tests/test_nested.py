@@ -114,7 +114,7 @@ async def test_an_agent_without_the_word_has_no_door(runtime: Open, model: Model
 
 async def test_tokens_end_with_their_run(chain: None, runtime: Open) -> None:
     with anyio.fail_after(60):
-        async with runtime(open_door=open_door, limits__max_depth=1) as rt:
+        async with runtime(open_door=open_door, limits__max_depth=1, pool__max_sessions=0) as rt:
             await delegate(rt, Task(agent="a", prompt="begin"))
             assert not rt.tokens
 

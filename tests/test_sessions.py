@@ -244,7 +244,10 @@ async def test_unknown_sessions(rt: Runtime, model: ModelServer, session: str, f
 
 
 async def test_a_session_that_never_came_to_be(runtime: OpenRuntime, tmp_path: Path) -> None:
-    async with runtime(claude__path=str(tmp_path / "missing")) as rt:
+    quits = tmp_path / "quits"
+    quits.write_text("#!/bin/sh\nexit 3\n")
+    quits.chmod(0o755)
+    async with runtime(claude__path=str(quits)) as rt:
         failed = await delegate(rt, Task(agent="helper", prompt="x"))
         assert failed.status == "failed"
         with pytest.raises(SessionNotFoundError, match=f"never came to be: run {failed.run_id} ended"):

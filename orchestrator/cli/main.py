@@ -18,6 +18,7 @@ COMMANDS = {
     "delegate": ("orchestrator.cli.delegating", "Hand one task to one agent."),
     "agents": ("orchestrator.cli.agents", "List, show and validate agent files; prefer a model for one."),
     "runs": ("orchestrator.cli.runs", "List, show, cancel and wait for runs."),
+    "pool": ("orchestrator.cli.pool", "Show the CLI processes of the running server, and how often they helped."),
     "trace": ("orchestrator.cli.trace", "Show the tree of runs below one, or export it."),
     "serve": ("orchestrator.cli.serving", "Serve MCP over HTTP and to the stdio shim."),
     "mcp": ("orchestrator.cli.serving", "MCP over stdio, for `claude mcp add` (finds or starts the server)."),

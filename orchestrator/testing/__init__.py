@@ -1,8 +1,10 @@
 """Test a plan without a model: a scripted server that speaks the Anthropic Messages API on loopback.
 
-docs/testing.md is the guide; the names below are the whole public surface.
+And what is above the CLI without a CLI: conversations by a script. docs/testing.md is the guide; the names below
+are the whole public surface.
 """
 
+from orchestrator.testing.fake_conversation import FakeConversation, FakeProcesses
 from orchestrator.testing.model_server import ModelServer, running_model_server
 from orchestrator.testing.request import Request, ToolResult
 from orchestrator.testing.scenario import (
@@ -19,6 +21,8 @@ from orchestrator.testing.scenario import (
 from orchestrator.testing.scenario_file import load_scenario
 
 __all__ = [
+    "FakeConversation",
+    "FakeProcesses",
     "Fault",
     "ModelServer",
     "Reply",

@@ -32,7 +32,15 @@ from orchestrator.testing.scenario import (
     as_scenario,
     choices,
 )
-from orchestrator.testing.sse import Ending, body_frames, error_envelope, fault_envelope, stream_frames, to_json
+from orchestrator.testing.sse import (
+    STATUS_OF,
+    Ending,
+    body_frames,
+    error_envelope,
+    fault_envelope,
+    stream_frames,
+    to_json,
+)
 
 logger = logging.getLogger(__name__)
 
@@ -174,7 +182,8 @@ class ModelServer:
             headers = {"content-type": "text/event-stream; charset=utf-8", "cache-control": "no-cache"}
             await self._transmit(connection, reply, headers, frames, ending)
         elif fault is not None and fault.error_at is not None:
-            await self._respond(connection, 500, fault_envelope(fault), {**reply.headers, **fault.headers})
+            status = STATUS_OF.get(fault.error_type or "", 500)
+            await self._respond(connection, status, fault_envelope(fault), {**reply.headers, **fault.headers})
         else:
             frames, length, ending = body_frames(reply, request)
             await self._transmit(connection, reply, _JSON | {"content-length": str(length)}, frames, ending)

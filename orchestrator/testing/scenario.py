@@ -88,7 +88,8 @@ class Fault:
     ``stall_at``: then nothing, until the client leaves; ``truncate_at``: then the connection is closed in the
     middle of the body; ``reset_at``: then a TCP reset, with 0 before the response head; ``malformed_at``: then
     one event of broken JSON in place of the next; ``error_at``: then an ``error`` event, the last. For a
-    request without streaming the body counts as two events, and ``error_at`` gives HTTP 500.
+    request without streaming the body counts as two events, and ``error_at`` gives the HTTP status of
+    its ``error_type`` (500 for any other).
     """
 
     status: Annotated[int, Field(strict=True, ge=200, le=599)] | None = None

@@ -26,6 +26,7 @@ ERROR_TYPES = {
     504: "timeout_error",
     529: "overloaded_error",
 }
+STATUS_OF = {error_type: status for status, error_type in ERROR_TYPES.items()}
 DEFAULT_PIECES = 2
 BROKEN_JSON = '{"type": "content_block_delta", "index": 0, "delta": {"type": "text_'
 
