@@ -5,6 +5,7 @@ import socket
 from collections.abc import AsyncIterator, Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, asynccontextmanager, contextmanager, nullcontext
 from dataclasses import dataclass
+from typing import Any
 
 import anyio
 import uvicorn
@@ -26,6 +27,7 @@ from mcp_tools.tools import build_server
 from orchestrator import __version__
 from orchestrator.errors import ServerUnavailableError
 from orchestrator.groups import unwrapped
+from orchestrator.pool_report import pool_report
 from orchestrator.runtime import Runtime
 
 #: How long open requests may take to end when the door closes, in seconds.
@@ -66,6 +68,8 @@ def http_app(
 ) -> Starlette:
     """MCP at ``/mcp``, ``routes``, and two probes: ``/healthz`` (the process answers; open to all) and ``/readyz``.
 
+    ``/pool`` is the state of the pool (``pool_report``).
+
     ``hosts`` are the values of Host (and of Origin, after ``http://``) that are let in: a web page somewhere
     must not reach us through a name that it lets point at loopback.
     """
@@ -84,14 +88,22 @@ def http_app(
     async def readyz(_: Request) -> Response:
         return JSONResponse({"ok": not rt.closing, "runs": len(rt.live)}, status_code=503 if rt.closing else 200)
 
+    async def pool(_: Request) -> Response:
+        return JSONResponse(_pool_report(rt))
+
     def accepts(presented: str) -> bool:
         known = token is not None and secrets.compare_digest(presented.encode(), token.encode())
-        return known or rt.tokens.run_of(presented) is not None
+        return known or rt.tokens.knows(presented)
 
     return Starlette(
-        routes=[Route("/healthz", healthz), Route("/readyz", readyz), *routes, *mcp.routes],
+        routes=[Route("/healthz", healthz), Route("/readyz", readyz), Route("/pool", pool), *routes, *mcp.routes],
         middleware=[Middleware(Guard, accepts=accepts, security=security, open_paths=frozenset({"/healthz"}))],
     )
+
+
+def _pool_report(rt: Runtime) -> dict[str, Any]:
+    pids = {number: kept.pid for number, kept in rt.pool._kept.items() if kept.pid is not None}  # noqa: SLF001
+    return pool_report(rt.pool.state, pids, anyio.current_time(), max_queue=rt.config.limits.max_queue)
 
 
 class Guard:

@@ -74,6 +74,8 @@ async def caller_of(rt: Runtime, ctx: Context) -> Caller:
     span = SpanContext.parse(headers.get("traceparent") or _text(meta.get("traceparent")))
     token = bearer(headers)
     run_id = rt.tokens.run_of(token) if token else None
+    if token and run_id is None and rt.tokens.knows(token):
+        raise RunNotFoundError("this process works for no run now, so there is nobody to act for")
     run = await rt.store.run(run_id) if run_id else await _claimed(rt, claims.get("run_id"))
     if run is not None:
         return Caller(run, span if span is not None and span.trace_id == run.trace_id else None)
