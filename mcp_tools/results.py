@@ -29,13 +29,17 @@ _UNITS = {"s": "seconds", "m": "minutes", "h": "hours", "d": "days", "w": "weeks
 
 
 class TraceRow(TypedDict, total=False):
-    """A run in the list of runs. What is not known, or does not apply, is left out."""
+    """A run in the list of runs. What is not known, or does not apply, is left out.
+
+    ``resumes`` is when a waiting run goes on.
+    """
 
     run_id: str
     parent_id: str
     agent: str
     step: str
     status: str
+    resumes: str
     model: str
     prompt: str
     text: str
@@ -116,7 +120,15 @@ def _total(costs: Sequence[float | None]) -> float | None:
 
 def pending(run: Run, doing: str, seconds: float) -> str:
     """A run that is not done yet is no error: what it does, and how to go on waiting."""
+    doing = parked(run) or doing
     return f"run_id={run.id} still running ({doing}, {seconds:.0f} s); {_wait_for(run.id)}"
+
+
+def parked(run: Run) -> str | None:
+    """What a run waits for that has met a usage limit of the provider; None if it does not."""
+    if run.status != "waiting" or run.resume_at_us is None:
+        return None
+    return f"{run.name}: waiting until {iso(run.resume_at_us)} for the end of a usage limit"
 
 
 def failure(name: str, outcome: Outcome) -> str:
@@ -169,6 +181,7 @@ def trace_row(run: Run) -> TraceRow:
         "agent": run.name,
         "step": run.step,
         "status": run.status,
+        "resumes": iso(run.resume_at_us) if run.status == "waiting" and run.resume_at_us else None,
         "model": run.model_used or run.model_requested,
         "prompt": cut(run.prompt or "", PROMPT_CHARS),
         "text": cut(run.text, TEXT_CHARS),

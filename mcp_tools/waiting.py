@@ -5,10 +5,11 @@ from collections.abc import Awaitable, Callable, Sequence
 
 import anyio
 
+from mcp_tools.results import parked
 from orchestrator.delegation import wait
 from orchestrator.groups import unwrapped
 from orchestrator.outcome import Outcome
-from orchestrator.runtime import Runtime
+from orchestrator.runtime import LiveRun, Runtime
 
 #: Clients give up on calls that are silent for minutes; a word this often keeps them, and people, waiting.
 HEARTBEAT_SECONDS = 10.0
@@ -65,4 +66,8 @@ def _doing(rt: Runtime, run_id: str) -> str:
     live = rt.live.get(run_id)
     if live is None:
         return "in another process"
-    return f"{live.row.name}: {'queued' if live.row.status == 'queued' else live.progress.activity}"
+    return parked(live.row) or f"{live.row.name}: {_activity_of(live)}"
+
+
+def _activity_of(live: LiveRun) -> str:
+    return "queued" if live.row.status == "queued" else live.progress.activity

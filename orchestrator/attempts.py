@@ -25,6 +25,7 @@ from orchestrator.killing import sweep
 from orchestrator.parking import prompt_uuid
 from orchestrator.pool import Lease
 from orchestrator.pool_state import Request
+from orchestrator.reach import check_unmoved
 from orchestrator.runtime import LiveRun, Runtime
 from orchestrator.specs import build_spec, turn_environ
 from orchestrator.store import Run, now_us
@@ -68,13 +69,13 @@ async def _over_cli(rt: Runtime, live: LiveRun, task: Task, spec: Spec, turn: Tu
             return await _attempt(rt, live, task, spec, turn)
         except OrchestratorError as error:
             delay = rt.retry.delay(attempt, error, random.random())  # noqa: S311  # to spread retries, no secret
-            if delay is None or live.progress.heard or live.earlier or live.stop_error is not None:
+            if delay is None or live.progress.heard or live.stop_error is not None:
                 raise
             log.warning("run %s: %s; trying again in %.1f s", live.row.id, error, delay)
             rt.emit("run.retried", live.row.id, attempt=attempt, delay_s=delay, error=error.to_dict())
         attempt += 1
-        await _forget_session(rt, live)
-        if spec.session_mode != "continue":
+        if spec.session_mode != "continue":  # which a run that was parked does, too
+            await _forget_session(rt, live)
             spec = replace(spec, session_id=str(uuid.uuid4()))
         await anyio.sleep(delay)
 
@@ -90,6 +91,7 @@ async def _attempt(rt: Runtime, live: LiveRun, task: Task, spec: Spec, turn: Tur
     rt.breaker.check(anyio.current_time())  # before a process is started in vain
     async with rt.limiter.acquire():
         pass
+    check_unmoved(spec.cwd)  # and again when there is a process: a link may be put there while the run waits
     async with rt.pool.lease(_request(rt, live, task, spec), spec) as lease:
         live.permit = rt.breaker.admit(anyio.current_time())
         error: BaseException | None = None
@@ -151,6 +153,9 @@ def _request(rt: Runtime, live: LiveRun, task: Task, spec: Spec) -> Request:
 async def _begin(rt: Runtime, live: LiveRun, lease: Lease) -> None:
     """The run has its process: store that before anything is asked of it."""
     row = live.row
+    check_unmoved(Path(row.cwd))
+    if live.earlier:
+        _resume_clock(live)
     live.budget.check_start(now=time.monotonic())  # others may have spent it while this run waited for its place
     if live.earlier:
         row.status = "running"
@@ -168,6 +173,14 @@ def _start_clock(live: LiveRun) -> None:
     live.row.status, live.row.started_us = "running", now_us()
     live.began = live.budget.began = time.monotonic()
     live.touch(live.began)
+
+
+def _resume_clock(live: LiveRun) -> None:
+    """To wait for a place is no time of the run's, the second time neither."""
+    assert live.budget.began is not None
+    now = time.monotonic()
+    live.budget.began += now - live.waits.over
+    live.touch(now)
 
 
 async def _begin_over_api(rt: Runtime, live: LiveRun, error: OrchestratorError) -> None:

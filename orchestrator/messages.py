@@ -192,13 +192,17 @@ def _load(text: str) -> Any:
     if "\\ud" in text or "\\uD" in text:
         text = _ESCAPE.sub(lambda escape: "\\ufffd" if escape[1] else escape[0], text)
     try:
-        return json.loads(text, parse_constant=_reject_constant)
+        return _DECODER.decode(text)
     except RecursionError:
         raise ValueError("the JSON is nested too deeply to be read") from None
 
 
 def _reject_constant(name: str) -> Any:
     raise ValueError(f"{name} is not JSON")
+
+
+# Made once: json.loads makes a new one for each call with an option, which takes as long as to read a short line.
+_DECODER = json.JSONDecoder(parse_constant=_reject_constant)
 
 
 # --- What follows from several messages

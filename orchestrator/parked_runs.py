@@ -46,6 +46,7 @@ async def _wait_out(rt: Runtime, live: LiveRun, limit: UsageLimit) -> bool:
         return False
     _set_aside(live)
     attempt = live.waits.parks + 1
+    rt.pool.leave_queue(row.id)  # nobody has to be refused because this one waits
     row.status, row.resume_at_us = "waiting", int(decision.until * 1_000_000)
     await rt.store.update_run(row.id, status=row.status, resume_at_us=row.resume_at_us)
     await _note(rt, live, "run.parked", parked(limit, decision, attempt))

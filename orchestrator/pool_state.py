@@ -274,7 +274,8 @@ class PoolState:
         worker.phase = "held" if worker.session_id else "idle"
         if not keep:
             return self.end(worker, "failed")
-        if self.closing or not (self.limits.max_sessions and self.limits.session_idle_s):
+        holds = self.limits.max_sessions and self.limits.session_idle_s
+        if self.closing or (worker.phase == "held" and not holds):
             return self.end(worker, "not_kept")
         return []
 

@@ -16,6 +16,7 @@ from typing import Any, Protocol
 import anyio
 import psutil
 from anyio.abc import TaskGroup, TaskStatus
+from pydantic import ValidationError
 
 from orchestrator.agents import Catalog, CatalogChange, Root
 from orchestrator.backends import DIALECTS
@@ -26,7 +27,7 @@ from orchestrator.breakers import Breaker, Permit
 from orchestrator.breakers import BreakerConfig as BreakerSettings
 from orchestrator.config import Config, load_config
 from orchestrator.conversation import Conversation, Dialect, Spec
-from orchestrator.errors import CLINotFoundError, OrchestratorError, RunCancelledError
+from orchestrator.errors import CLINotFoundError, ConfigError, OrchestratorError, RunCancelledError
 from orchestrator.events import Event, Events, EventType, PoolEvent
 from orchestrator.groups import unwrapped
 from orchestrator.killing import reap, sweep
@@ -168,10 +169,14 @@ class Runtime:
         rate = self.config.limits.rate
         return Limiter(*([SlidingWindow(Rate.parse(rate))] if rate else []))
 
-    @property
+    @cached_property
     def retry(self) -> Retry:
-        """When a turn is given to another process."""
-        return Retry(**self.config.retry.model_dump())
+        """When a turn is given to another process. Raises ConfigError for codes that are never retried."""
+        try:
+            return Retry(**self.config.retry.model_dump())
+        except ValidationError as error:
+            problems = "; ".join(problem["msg"] for problem in error.errors())
+            raise ConfigError(f"retry: {problems}") from None
 
     @property
     def pool(self) -> Pool:
@@ -276,7 +281,7 @@ async def open_runtime(
                     config, store, catalog, events, exporter, tg, environ,
                     watch_agents=watch_agents, _open_door=open_door,
                 )  # fmt: skip
-                _ = rt.limiter  # a rate that is none is told now
+                _ = rt.limiter, rt.retry  # a rate that is none, or a code, is told now
                 rt._pool = _open_pool(rt, open_process or rt.connect)  # noqa: SLF001  # the one part that needs the others
                 exporter.watch_pool(rt.pool.state)
                 tg.start_soon(rt.pool.tend)

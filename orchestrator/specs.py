@@ -12,7 +12,6 @@ from orchestrator.conversation import McpEndpoint, SessionMode, Spec
 from orchestrator.errors import AgentError
 from orchestrator.killing import RUN_ID_ENV
 from orchestrator.pool import TOKEN_ENV
-from orchestrator.reach import check_unmoved
 from orchestrator.runtime import LiveRun, Runtime
 from orchestrator.sandbox import run_settings, setting_sources
 from orchestrator.store import Run
@@ -37,7 +36,6 @@ async def build_spec(rt: Runtime, live: LiveRun, agent: Agent, task: Task) -> Sp
     """The process specification of a run. Raises what ``permission_mode`` raises."""
     row = live.row
     url = await rt.endpoint() if agent.may_delegate() else None
-    check_unmoved(Path(row.cwd))
     sandboxed = agent.sandbox is not None
     servers, secrets = hide_values(agent.mcp_servers)
     tools, rules = split_tools(agent.tools)

@@ -60,7 +60,7 @@ async def _converse(
     go_on = replace(turn, prompt=CONTINUE_PROMPT, uuid=continue_uuid(live.row.id, live.waits.parks))
     with unwrapped():
         async with anyio.create_task_group() as tg:
-            tg.start_soon(_watch_time, live, idle)
+            tg.start_soon(_watch_time, rt, live, idle)
             tg.start_soon(_note_text, rt, live)
             tg.start_soon(send, turn)
             await _listen(rt, live, conversation, Redelivery(turn.uuid), partial(send, go_on))
@@ -157,8 +157,12 @@ async def _wind_down(rt: Runtime, live: LiveRun, conversation: Conversation) -> 
             return
 
 
-async def _watch_time(live: LiveRun, idle: float) -> None:
-    """Stop the run when it takes too long, or when nothing has been heard of it and its children for too long."""
+async def _watch_time(rt: Runtime, live: LiveRun, idle: float) -> None:
+    """Stop the run when it takes too long, or when nothing has been heard of it and its children for too long.
+
+    Raises RunTimeoutError where the API may answer in place of a CLI that has not said a word.
+    """
+    fallback = rt.config.fallback
     while True:
         now, deadline = time.monotonic(), live.budget.left.deadline
         try:
@@ -166,7 +170,10 @@ async def _watch_time(live: LiveRun, idle: float) -> None:
         except OrchestratorError as error:
             live.stop(error)
         if now >= live.touched + idle:
-            live.stop(RunTimeoutError(f"nothing was heard of the run for {idle:g} s", details={"kind": "idle"}))
+            silent = RunTimeoutError(f"nothing was heard of the run for {idle:g} s", details={"kind": "idle"})
+            if fallback.enabled and fallback.on_timeout and not live.progress.heard and live.row.fallback is None:
+                raise silent
+            live.stop(silent)
         ends = live.touched + idle if deadline is None else min(deadline, live.touched + idle)
         await anyio.sleep(max(0.01, ends - now))
 

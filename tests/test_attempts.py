@@ -6,9 +6,11 @@ from pathlib import Path
 from typing import Any
 
 import anyio
+import pytest
 
+from mcp_tools import open_door
 from orchestrator import Outcome, Runtime, Task, delegate
-from orchestrator.testing import Fault, ModelServer, Reply, Rule
+from orchestrator.testing import Fault, ModelServer, Reply, Rule, ToolUse
 from tests.conftest import bundled_cli, write_agent
 
 Open = Callable[..., AbstractAsyncContextManager[Runtime]]
@@ -50,6 +52,33 @@ async def test_when_the_provider_works_again_runs_begin_again(runtime: Open, mod
             assert code(outcome) == "circuit_open"
         assert outcome.text == "ok"
         assert rt.breaker.get_stats(anyio.current_time()).state == "closed"
+
+
+async def test_a_run_that_tries_whether_the_provider_works_again_may_delegate(
+    runtime: Open, model: ModelServer, project: Path
+) -> None:
+    """It is the only one let through, and it ends only after what it delegates."""
+    write_agent(project, "boss", tools="mcp__orchestrator", body="You are the boss.")
+    call = ToolUse("mcp__orchestrator__delegate", {"agent": "helper", "prompt": "help"})
+    model.rules = [
+        Rule(Reply(fault=Fault(status=529)), times=1),
+        Rule(call, when={"system": "the boss", "tool_result": False}),
+        Rule(lambda request: f"heard: {request.tool_results[0].text}", when={"system": "the boss"}),
+        Rule("helped", when={"system": "the helper"}),
+    ]
+    async with runtime(
+        open_door=open_door,
+        breaker__failure_threshold=1,
+        breaker__half_open_max_calls=1,
+        breaker__success_threshold=2,
+        breaker__reset_timeout_s=0.2,
+        claude__max_retries=0,
+    ) as rt:
+        assert code(await run(rt)) == "overloaded"
+        while code(outcome := await run(rt, agent="boss")) == "circuit_open":
+            assert not outcome.ok
+        assert "heard: helped" in outcome.text, outcome.error
+        assert rt.breaker.get_stats(anyio.current_time()).state == "closed", "the two of them were enough"
 
 
 async def test_what_is_nobodys_fault_opens_nothing(runtime: Open, model: ModelServer) -> None:
@@ -136,3 +165,33 @@ async def test_the_api_answers_where_no_cli_is_and_the_run_says_so(
     assert outcome.usage.input_tokens == 100
     assert len(model.journal) == 1
     assert code(with_tools) == "cli_not_found", "an agent with tools needs the CLI"
+
+
+async def test_the_api_answers_while_the_circuit_is_open(runtime: Open, model: ModelServer, project: Path) -> None:
+    write_agent(project, "talker", tools="[]", body="You talk.")
+    model.rules = [Rule(Reply(fault=Fault(status=529)), times=1), Rule("from the API")]
+    async with runtime(breaker__failure_threshold=1, claude__max_retries=0, fallback__enabled=True) as rt:
+        first = await run(rt, agent="talker")
+        assert code(first) == "overloaded", "what the CLI had begun is not begun a second time"
+        second = await run(rt, agent="talker")
+        row = await rt.store.run(second.run_id)
+        assert rt.breaker.get_stats(anyio.current_time()).state == "open", "the API says nothing of the CLI"
+    assert (second.text, (row.fallback or {})["code"]) == ("from the API", "circuit_open")
+    assert len(model.journal) == 2
+
+
+@pytest.mark.parametrize(("word", "text"), [("", "from the API"), ('{"type":"system","subtype":"init"}', "")])
+async def test_the_api_answers_only_where_the_cli_has_not_said_a_word(
+    runtime: Open, model: ModelServer, project: Path, tmp_path: Path, word: str, text: str
+) -> None:
+    write_agent(project, "talker", tools="[]", body="You talk.")
+    model.rules = [Rule("from the API")]
+    cli = tmp_path / "dies"
+    cli.write_text(f"#!/bin/sh\necho '{word}'\nkill -9 $$\n")
+    cli.chmod(0o755)
+    async with runtime(claude__path=str(cli), fallback__enabled=True, retry__max_retries=0) as rt:
+        outcome = await run(rt, agent="talker")
+        row = await rt.store.run(outcome.run_id)
+    assert outcome.text == text
+    assert [error["code"] for error in (outcome.error, row.fallback) if error] == ["cli_exit"]
+    assert len(model.journal) == bool(text)

@@ -118,8 +118,12 @@ async def test_map_yields_in_the_order_asked_for(
     done: list[PoolTask] = []
 
     async def collect() -> None:
-        done.extend([task async for task in pool.map(["p0", "p1", "p2"], order=order)])
+        results = pool.map(["p0", "p1", "p2"], order=order)
+        done.append(await anext(results))
+        await ended.wait()  # meanwhile several end
+        done.extend([task async for task in results])
 
+    ended = anyio.Event()
     with anyio.fail_after(90):
         async with ProcessPool(rt, agent="helper", max_workers=3) as pool, anyio.create_task_group() as tg:
             tg.start_soon(collect)
@@ -128,6 +132,7 @@ async def test_map_yields_in_the_order_asked_for(
                 for prompt in ("p2", "p1", "p0"):
                     gates.open(prompt)
                     await anext(event async for event in events if event.type == "run.ended")
+            ended.set()
     assert prompts_of(done) == expected
     assert all(task.outcome and task.outcome.text == f"answer to {task.task.prompt}" for task in done)
 
@@ -411,12 +416,13 @@ async def test_a_full_queue_waits(rt: Runtime, gates: Gates) -> None:
 
 
 async def test_the_full_queue_of_the_runtime_refuses_no_task_of_a_pool(runtime: Open, gates: Gates) -> None:
-    gates.open("p0", "p1", "p2", "p3")
     async with runtime(limits__max_processes=1, limits__max_queue=1) as rt:
         with anyio.fail_after(90):
             async with ProcessPool(rt, agent="helper", max_workers=4) as pool:
-                outcomes = await pool.gather("p0", "p1", "p2", "p3")
-    assert [outcome.status for outcome in outcomes] == ["succeeded"] * 4
+                tasks = [await pool.submit(f"p{n}") for n in range(4)]
+                await gates.reached("p0")  # the others have found their places taken by now
+                gates.open("p0", "p1", "p2", "p3")
+    assert [task.status for task in tasks] == ["done"] * 4
 
 
 @pytest.mark.parametrize("wrong", [{"max_workers": 0}, {"queue_size": -1}, {"keep": -1}])

@@ -191,7 +191,8 @@ async def test_a_runs_token_is_that_run(rt: Runtime, model: ModelServer) -> None
     async with open_door(rt) as door:
         outer = await submit(rt, Task(agent="worker", prompt="outer"))
         trace_id = (await rt.store.run(outer)).trace_id
-        token = rt.tokens.issue(outer)
+        token = rt.tokens.issue("a process")
+        rt.tokens.assign("a process", outer)
         inside, outside = SpanContext(trace_id, new_run_id()), SpanContext(new_trace_id(), new_run_id())
         for span in (inside, outside):
             async with connected(door.url, token, traceparent=span.traceparent) as client:
@@ -199,6 +200,10 @@ async def test_a_runs_token_is_that_run(rt: Runtime, model: ModelServer) -> None
         gate.opened.set()
         await wait(rt, outer)
 
+        rt.tokens.assign("a process", None)
+        async with connected(door.url, token) as client:
+            assert "works for no run" in await call(client, "delegate", agent="helper", prompt="x")
+        rt.tokens.revoke("a process")
         async with httpx2.AsyncClient() as http:
             late = await http.get(door.url, headers={"authorization": f"Bearer {token}"})
 
@@ -218,7 +223,9 @@ async def test_an_agent_waits_longer_than_a_person(runtime: Open, model: ModelSe
         outer = await submit(rt, Task(agent="worker", prompt="outer"))
 
         async def delegates() -> None:
-            async with connected(doors.url, rt.tokens.issue(outer)) as agent:
+            token = rt.tokens.issue("a process")
+            rt.tokens.assign("a process", outer)
+            async with connected(doors.url, token) as agent:
                 answers.append(await call(agent, "delegate", agent="helper", prompt="inner"))
 
         async with connected(doors.url, TOKEN) as person:

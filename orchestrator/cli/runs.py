@@ -17,7 +17,7 @@ from orchestrator.cli.common import (
     run_async,
     when,
 )
-from orchestrator.cli.views import console, runs_table
+from orchestrator.cli.views import console, run_status, runs_table
 from orchestrator.config import Config
 from orchestrator.runtime import clean_up_after_the_dead
 from orchestrator.store import Run, Store, open_store
@@ -68,7 +68,8 @@ def show_command(ctx: click.Context, run_id: str, as_json: bool) -> None:
         return
     facts = {
         "run": f"{run.kind} {run.name} {run.id}",
-        "status": run.status,
+        "status": run_status(run).plain.split(maxsplit=1)[1],
+        "waits for": "the end of a usage limit of the provider" if run.status == "waiting" else None,
         "error": f"{run.error['message']} ({run.error['code']})" if run.error else None,
         "what to do": run.error["advice"] if run.error else None,
         "model": run.model_used or run.model_requested,

@@ -41,6 +41,14 @@ def status_text(status: str) -> Text:
     return Text(f"{MARKS.get(status, '·')} {status}", STYLES.get(status, ""))
 
 
+def run_status(run: Run) -> Text:
+    """The status of a run; of one that waits for the end of a usage limit, until when."""
+    status = status_text(run.status)
+    if run.status == "waiting" and run.resume_at_us is not None:
+        status.append(f" until {when(run.resume_at_us)}")
+    return status
+
+
 def runs_table(runs: Sequence[Run]) -> Table:
     """A list of runs, one line each."""
     table = Table(box=None, pad_edge=False, header_style="dim")
@@ -54,7 +62,7 @@ def runs_table(runs: Sequence[Run]) -> Table:
     for run in runs:
         table.add_row(
             run.id,
-            status_text(run.status),
+            run_status(run),
             ("plan " if run.kind == "plan" else "") + run.name,
             short_model(run.model_used or run.model_requested),
             tokens(run.usage.total_tokens) if run.kind == "agent" else "",
@@ -80,7 +88,7 @@ def steps_table(runs: Sequence[Run], statuses: Mapping[str, str]) -> Table:
             continue
         table.add_row(
             job,
-            status_text(run.status),
+            run_status(run),
             run.name,
             short_model(run.model_used or run.model_requested),
             run.session_mode or "",
@@ -105,7 +113,7 @@ def runs_tree(runs: Sequence[Run], root_id: str, tools: Mapping[str, Sequence[st
 
 def _node(run: Run) -> Text:
     line = Text(no_wrap=True, overflow="ellipsis")
-    line.append_text(status_text(run.status))
+    line.append_text(run_status(run))
     line.append(f" {run.name}", "bold")
     line.append(f" {run.step}" if run.step else "")
     facts = [
@@ -160,6 +168,12 @@ class LiveView:
         if kind == "run.started":
             row.status, row.started = "running", time.monotonic()
             return f"{row.job} started: {row.agent} {row.model}".rstrip()
+        if kind == "run.parked":
+            row.status, row.activity = "waiting", f"until {when(int(data['until'] * 1e6))}: {data['reason']} limit"
+            return f"{row.job} waiting {row.activity}"
+        if kind == "run.resumed":
+            row.status, row.activity = "queued" if row.started is None else "running", ""
+            return f"{row.job} goes on"
         if kind == "run.activity":
             row.activity = str(data.get("activity", ""))
         if kind == "run.ended":
