@@ -192,6 +192,8 @@ def _cwd(rt: Runtime, project: Path, task: Task, parent: Run | None, source: Ses
         parent_kind=parent.kind if parent else None,
         plan_by_model=parent is not None and (parent.caller is not None or parent.parent_id is not None),
     )
+    if not by_model and rt.config.limits.allowed_dirs is None:
+        return cwd  # a person may name any directory
     allowed = reachable(rt, project, parent, by_model=by_model)
     check_reach([cwd, *(resolved(directory, cwd) for directory in task.add_dirs)], allowed)
     return cwd

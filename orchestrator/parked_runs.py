@@ -27,8 +27,7 @@ async def converse_or_wait(rt: Runtime, live: LiveRun, agent: Agent, task: Task)
         if (limit := rt.reached.of(rt.account, time.time())) is None:
             await converse(rt, live, agent, task)
             limit = usage_limit(live.verdict, live.rate_limit, account=rt.account, now=time.time())
-            # The API has another account, and no session to go on with.
-            if limit is None or live.row.fallback is not None:
+            if limit is None:
                 return
             rt.reached.reach(limit)
         if not await _wait_out(rt, live, limit):

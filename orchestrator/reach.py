@@ -4,6 +4,7 @@ A path is judged by where it leads, never by how it is written: ``project/link``
 with an allowed directory and are outside of it.
 """
 
+import os
 from collections.abc import Iterable
 from pathlib import Path
 
@@ -80,6 +81,8 @@ def check_unmoved(path: Path) -> None:
 
     Raises ReachError.
     """
+    if os.path.realpath(path) == str(path) and not path.is_symlink():
+        return  # a quarter of the time of what follows, which most runs would spend twice for nothing
     if (now := resolved(path, path)) != path:
         raise ReachError(
             f"{path} was a directory when the task was accepted and now leads to {now}",

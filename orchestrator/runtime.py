@@ -25,6 +25,7 @@ from orchestrator.backends.claude_binary import find_binary
 from orchestrator.backends.claude_files import fingerprint
 from orchestrator.breakers import Breaker, Permit
 from orchestrator.breakers import BreakerConfig as BreakerSettings
+from orchestrator.cgroups import cgroup_support
 from orchestrator.config import Config, load_config
 from orchestrator.conversation import Conversation, Dialect, Spec
 from orchestrator.errors import CLINotFoundError, ConfigError, OrchestratorError, RunCancelledError
@@ -73,6 +74,7 @@ class LiveRun:
     messages: int = 0
     answered: bool = False
     commands: bool = False
+    charged: tuple[float, int, int] = (0.0, 0, 0)
     verdict: OrchestratorError | None = None
     stop_error: OrchestratorError | None = None
     outcome: Outcome | None = None
@@ -141,11 +143,12 @@ class Runtime:
     _catalogs: dict[Path, Catalog] = field(default_factory=dict)
     _door_lock: anyio.Lock = field(default_factory=anyio.Lock)
     _pool: Pool | None = None
+    _found: Path | None = None
 
     def __repr__(self) -> str:
         return f"<Runtime live={len(self.live)} door={self.door.url if self.door else None}>"
 
-    @property
+    @cached_property
     def home(self) -> Path:
         """HOME of the CLIs: it decides which login they use and which sessions they can continue."""
         configured = self.config.claude.home
@@ -214,9 +217,11 @@ class Runtime:
         )
 
     def _binary(self) -> Path:
-        found = find_binary(self.config.claude_path, self.environ, self.home)
-        assert found.path is not None
-        return found.path
+        # Looking everywhere takes as long as all else a run needs: only again when what was found is gone.
+        if self._found is None or not os.access(self._found, os.X_OK):
+            self._found = find_binary(self.config.claude_path, self.environ, self.home).path
+        assert self._found is not None
+        return self._found
 
     def fingerprint(self, spec: Spec) -> str:
         """The state of the files a process of the spec reads when it starts."""
@@ -284,6 +289,7 @@ async def open_runtime(
                 _ = rt.limiter, rt.retry  # a rate that is none, or a code, is told now
                 rt._pool = _open_pool(rt, open_process or rt.connect)  # noqa: SLF001  # the one part that needs the others
                 exporter.watch_pool(rt.pool.state)
+                tg.start_soon(anyio.to_thread.run_sync, cgroup_support)  # tried now, not before the first start
                 tg.start_soon(rt.pool.tend)
                 tg.start_soon(_watch_cancels, rt)
                 if watch_agents:

@@ -86,8 +86,9 @@ def _setting_sources(rt: Runtime, row: Run) -> tuple[str, ...]:
     asked to work, they are not the user's word.
     """
     sources = rt.config.claude.setting_sources
+    cwd = Path(row.cwd)  # its links were followed at admission
     trusted = (Path(row.project), *map(rt.config.resolve, rt.config.claude.trusted_dirs))
-    if any(Path(row.cwd).resolve().is_relative_to(directory.resolve()) for directory in trusted):
+    if any(cwd.is_relative_to(directory.resolve()) for directory in trusted):
         return sources
     return tuple(source for source in sources if source not in ("project", "local"))
 

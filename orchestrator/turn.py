@@ -118,11 +118,7 @@ async def take(rt: Runtime, live: LiveRun, message: Message) -> None:
     activity, known = progress.activity, progress.initialised
     progress.feed(message)
     _notice(rt, live, message)
-    live.budget.settle(
-        usd=sum(each.charge_usd for each in live.attempts),
-        tokens=sum(each.usage.total_tokens for each in live.attempts),
-        turns=sum(each.charge_turns for each in live.attempts),
-    )
+    _charge(live)
     if not isinstance(message, StreamEvent | KeepAlive):
         # Deltas are not kept one by one: the assistant message that follows says the same in one row.
         raw = message.raw()
@@ -133,6 +129,21 @@ async def take(rt: Runtime, live: LiveRun, message: Message) -> None:
         await rt.store.count_turn(live.row.session_id, live.row.id)
     if live.progress.activity != activity:
         rt.emit("run.activity", live.row.id, **figures(live))
+
+
+def _charge(live: LiveRun) -> None:
+    """Have the budgets know what the run has used; most messages change nothing."""
+    progress = live.progress
+    used = (progress.charge_usd, progress.usage.total_tokens, progress.charge_turns)
+    if used == live.charged:
+        return
+    live.charged = used
+    earlier = live.earlier
+    live.budget.settle(
+        usd=used[0] + sum(each.charge_usd for each in earlier),
+        tokens=used[1] + sum(each.usage.total_tokens for each in earlier),
+        turns=used[2] + sum(each.charge_turns for each in earlier),
+    )
 
 
 def _notice(rt: Runtime, live: LiveRun, message: Message) -> None:

@@ -49,16 +49,25 @@ def examine(config: Config, environ: dict[str, str]) -> Iterator[Check]:
     yield from _health(config, environ)
     yield from _agents(config, environ)
     yield _server(config)
-    endpoint = endpoint_of(environ)
-    yield Check(
-        "telemetry", "ok", f"spans go to {endpoint}" if endpoint else "no OTLP endpoint set: traces stay here"
-    )
+    yield _telemetry(config, environ)
     if sys.platform == "linux" and not death_signal_prefix():
         yield Check(
             "setpriv", "warning", "not found", "Install util-linux, so that a killed orchestrator leaves no agent."
         )
     if sys.platform == "linux":
         yield _cgroups()
+
+
+def _telemetry(config: Config, environ: Mapping[str, str]) -> Check:
+    wanted = config.telemetry
+    endpoints = {
+        "spans": endpoint_of(environ) if wanted.enabled else None,
+        "metrics": endpoint_of(environ, "METRICS") if wanted.enabled and wanted.metrics else None,
+    }
+    sent = [f"{what} go to {endpoint}" for what, endpoint in endpoints.items() if endpoint]
+    if not wanted.enabled:
+        return Check("telemetry", "ok", "off (telemetry.enabled): traces stay here")
+    return Check("telemetry", "ok", ", ".join(sent) or "no OTLP endpoint set: traces stay here")
 
 
 def _cgroups() -> Check:

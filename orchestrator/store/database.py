@@ -8,6 +8,8 @@ Messages of a run are written without waiting (``write_soon``) in batches of at 
 import logging
 import random
 import sqlite3
+import threading
+import time
 from collections.abc import AsyncIterator, Mapping, Sequence
 from contextlib import AsyncExitStack, asynccontextmanager, suppress
 from dataclasses import dataclass, field
@@ -86,8 +88,7 @@ class SQLite:
 
     async def all(self, sql: str, params: Params | None = None) -> list[Row]:
         try:
-            async with self._reader.execute(sql, params or {}) as cursor:
-                return [dict(row) for row in await cursor.fetchall()]
+            return [dict(row) for row in await self._reader.execute_fetchall(sql, params or {})]
         except UnicodeEncodeError:
             return []  # half of a surrogate pair was asked for: it is not text, so no row holds it
         except (aiosqlite.Error, OverflowError, ValueError) as error:  # ValueError: closed already
@@ -121,12 +122,10 @@ async def open_sqlite(path: Path) -> AsyncIterator[SQLite]:
     async with AsyncExitStack() as stack:
         try:
             path.parent.mkdir(parents=True, exist_ok=True, mode=0o700)
-            # aiosqlite's thread outlives a connect that fails, and complains when the event loop is gone.
-            await anyio.to_thread.run_sync(_try_to_open, path)
-            writer = await stack.enter_async_context(_connection(path))
-            await _migrate(writer, path)
+            writer = await stack.enter_async_context(_writer(path))
+            await anyio.to_thread.run_sync(_migrate, writer, path)
             reader = await stack.enter_async_context(_connection(path))
-        except (OSError, aiosqlite.Error) as error:
+        except (OSError, sqlite3.Error) as error:
             raise StoreError(f"cannot open the store {path}: {error}", advice=OPEN_ADVICE) from error
         send, receive = anyio.create_memory_object_stream[_Write](QUEUE_ROWS)
         with unwrapped():
@@ -138,40 +137,50 @@ async def open_sqlite(path: Path) -> AsyncIterator[SQLite]:
                     send.close()  # the writer ends by itself once the queue is empty
 
 
-def _try_to_open(path: Path) -> None:
-    sqlite3.connect(path).close()
+@asynccontextmanager
+async def _writer(path: Path) -> AsyncIterator[sqlite3.Connection]:
+    """The connection that writes, used by one thread at a time."""
+    connection = await anyio.to_thread.run_sync(_connect, path)
+    try:
+        await anyio.to_thread.run_sync(_write_ahead, connection)
+        path.chmod(0o600)  # prompts and answers are private
+        yield connection
+    finally:
+        with anyio.CancelScope(shield=True):
+            await anyio.to_thread.run_sync(connection.close)
+
+
+def _connect(path: Path) -> sqlite3.Connection:
+    return sqlite3.connect(path, isolation_level=None, timeout=BUSY_SECONDS, check_same_thread=False)
 
 
 @asynccontextmanager
 async def _connection(path: Path) -> AsyncIterator[aiosqlite.Connection]:
-    with anyio.CancelScope(shield=True):  # as with one that fails, so with one that is cancelled
+    with anyio.CancelScope(shield=True):  # one that is cancelled would leave its thread behind
         connection = await aiosqlite.connect(path, isolation_level=None, timeout=BUSY_SECONDS)
     try:
         connection.row_factory = aiosqlite.Row
-        await _write_ahead(connection)
-        await connection.execute("PRAGMA synchronous=NORMAL")
-        await connection.execute("PRAGMA foreign_keys=ON")
-        path.chmod(0o600)  # prompts and answers are private
         yield connection
     finally:
-        # Also when it turned out not to be a database: the connection's thread would outlive us.
         with anyio.CancelScope(shield=True):
             await connection.close()
 
 
-async def _write_ahead(connection: aiosqlite.Connection) -> None:
+def _write_ahead(connection: sqlite3.Connection) -> None:
     # Of connections that switch a new file at the same moment SQLite refuses all but one at once, without the
     # time-out that holds everywhere else: each has read the file and would wait for the other to let go.
-    give_up_at = anyio.current_time() + BUSY_SECONDS
+    give_up_at = time.monotonic() + BUSY_SECONDS
+    pause = threading.Event()
     while True:
         try:
-            await connection.execute("PRAGMA journal_mode=WAL")
+            connection.execute("PRAGMA journal_mode=WAL")
+            break
         except sqlite3.OperationalError as error:
-            if error.sqlite_errorcode != sqlite3.SQLITE_BUSY or anyio.current_time() > give_up_at:
+            if error.sqlite_errorcode != sqlite3.SQLITE_BUSY or time.monotonic() > give_up_at:
                 raise
-            await anyio.sleep(random.uniform(0.001, 0.02))  # noqa: S311  # to spread them out, no secret
-        else:
-            return
+        pause.wait(random.uniform(0.001, 0.02))  # noqa: S311  # to spread them out, no secret
+    connection.execute("PRAGMA synchronous=NORMAL")
+    connection.execute("PRAGMA foreign_keys=ON")
 
 
 def migrations() -> list[tuple[int, str]]:
@@ -181,13 +190,13 @@ def migrations() -> list[tuple[int, str]]:
     return sorted(found)
 
 
-async def _migrate(connection: aiosqlite.Connection, path: Path) -> None:
+def _migrate(connection: sqlite3.Connection, path: Path) -> None:
     steps = migrations()
     newest = steps[-1][0]
     # IMMEDIATE: of two processes that open a new file at once, the second waits and then finds it migrated.
-    await connection.execute("BEGIN IMMEDIATE")
+    connection.execute("BEGIN IMMEDIATE")
     try:
-        row = await (await connection.execute("PRAGMA user_version")).fetchone()
+        row = connection.execute("PRAGMA user_version").fetchone()
         version = int(row[0]) if row else 0
         if version > newest:
             raise StoreError(
@@ -197,12 +206,12 @@ async def _migrate(connection: aiosqlite.Connection, path: Path) -> None:
         for number, sql in steps:
             if number > version:
                 for statement in sql_statements(sql):
-                    await connection.execute(statement)
-        await connection.execute(f"PRAGMA user_version={newest}")
+                    connection.execute(statement)
+        connection.execute(f"PRAGMA user_version={newest}")
     except BaseException:
-        await _roll_back(connection)
+        _roll_back(connection)
         raise
-    await connection.execute("COMMIT")
+    connection.execute("COMMIT")
 
 
 def sql_statements(script: str) -> list[str]:
@@ -211,12 +220,17 @@ def sql_statements(script: str) -> list[str]:
     return [s.strip() for s in "\n".join(lines).split(";") if s.strip()]
 
 
-async def _write_all(connection: aiosqlite.Connection, queue: MemoryObjectReceiveStream[_Write]) -> None:
+async def _write_all(connection: sqlite3.Connection, queue: MemoryObjectReceiveStream[_Write]) -> None:
     # Shielded: what was queued is written even when everything around is being cancelled.
     with anyio.CancelScope(shield=True):
         async with queue:
             async for first in queue:
-                await _commit(connection, await _batch(first, queue))
+                batch = await _batch(first, queue)
+                # A batch goes to the thread at once: a hop for each statement cost more than the statements.
+                await anyio.to_thread.run_sync(_commit, connection, batch)
+                for item in batch:
+                    if item.done is not None:
+                        item.done.set()
 
 
 async def _batch(first: _Write, queue: MemoryObjectReceiveStream[_Write]) -> list[_Write]:
@@ -235,46 +249,42 @@ async def _batch(first: _Write, queue: MemoryObjectReceiveStream[_Write]) -> lis
     return batch
 
 
-async def _commit(connection: aiosqlite.Connection, batch: list[_Write]) -> None:
-    """Write the batch and tell those who wait. Never raises: a writer that died would leave everyone waiting."""
+def _commit(connection: sqlite3.Connection, batch: list[_Write]) -> None:
+    """Write the batch. Never raises: a writer that died would leave everyone waiting."""
     try:
-        await connection.execute("BEGIN IMMEDIATE")
+        connection.execute("BEGIN IMMEDIATE")
         for item in batch:
-            await _execute(connection, item)
-        await connection.execute("COMMIT")
+            _execute(connection, item)
+        connection.execute("COMMIT")
     except Exception as error:  # noqa: BLE001  # whatever it is, it is handed to those who wait
-        await _roll_back(connection)
+        _roll_back(connection)
         if len(batch) > 1 and getattr(error, "sqlite_errorname", "") != "SQLITE_BUSY":
             # One by one: on a nearly full disk a huge message must not take the end of a run along.
             for item in batch:
                 item.counts, item.error = [], None
-                await _commit(connection, [item])
+                _commit(connection, [item])
             return
         log.error("store: %d writes failed: %s", len(batch), error)  # noqa: TRY400  # whoever waits gets the traceback
         for item in batch:
             item.error = error
-    for item in batch:
-        if item.done is not None:
-            item.done.set()
 
 
-async def _execute(connection: aiosqlite.Connection, item: _Write) -> None:
+def _execute(connection: sqlite3.Connection, item: _Write) -> None:
     # A savepoint each: one refused write (a key that exists) must not take its neighbours along.
-    await connection.execute("SAVEPOINT item")
+    connection.execute("SAVEPOINT item")
     try:
         for sql, params in item.statements:
-            cursor = await connection.execute(sql, params)
-            item.counts.append(cursor.rowcount)
-    except (aiosqlite.Error, ValueError, OverflowError) as error:  # ValueError: text that is not Unicode
+            item.counts.append(connection.execute(sql, params).rowcount)
+    except (sqlite3.Error, ValueError, OverflowError) as error:  # ValueError: text that is not Unicode
         if not connection.in_transaction:
             raise  # SQLite gave up the whole transaction, as it may when the disk is full
         item.error = error
         log.warning("store: refused: %s", error)
-        await connection.execute("ROLLBACK TO item")
-    await connection.execute("RELEASE item")
+        connection.execute("ROLLBACK TO item")
+    connection.execute("RELEASE item")
 
 
-async def _roll_back(connection: aiosqlite.Connection) -> None:
+def _roll_back(connection: sqlite3.Connection) -> None:
     if connection.in_transaction:
-        with suppress(aiosqlite.Error):
-            await connection.execute("ROLLBACK")
+        with suppress(sqlite3.Error):
+            connection.execute("ROLLBACK")
