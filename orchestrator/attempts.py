@@ -20,7 +20,7 @@ from orchestrator.backends.api_fallback import why_not_fall_back
 from orchestrator.backends.claude_files import state_of, transcript
 from orchestrator.conversation import Spec, Turn
 from orchestrator.endings import summary
-from orchestrator.errors import OrchestratorError, RateLimitError
+from orchestrator.errors import CircuitOpenError, OrchestratorError, RateLimitError
 from orchestrator.killing import sweep
 from orchestrator.parking import prompt_uuid
 from orchestrator.pool import Lease
@@ -68,7 +68,7 @@ async def _over_cli(rt: Runtime, live: LiveRun, task: Task, spec: Spec, turn: Tu
         try:
             return await _attempt(rt, live, task, spec, turn)
         except OrchestratorError as error:
-            delay = rt.retry.delay(attempt, error, random.random())  # noqa: S311  # to spread retries, no secret
+            delay = _delay(rt, live, attempt, error)
             if delay is None or live.progress.heard or live.stop_error is not None:
                 raise
             log.warning("run %s: %s; trying again in %.1f s", live.row.id, error, delay)
@@ -78,6 +78,14 @@ async def _over_cli(rt: Runtime, live: LiveRun, task: Task, spec: Spec, turn: Tu
             await _forget_session(rt, live)
             spec = replace(spec, session_id=str(uuid.uuid4()))
         await anyio.sleep(delay)
+
+
+def _delay(rt: Runtime, live: LiveRun, attempt: int, error: OrchestratorError) -> float | None:
+    """Seconds until the next attempt; None if there is to be none."""
+    if live.earlier and isinstance(error, CircuitOpenError):
+        # It has waited for hours perhaps, and nothing of its turn was refused: it waits for this, too.
+        return error.retry_after
+    return rt.retry.delay(attempt, error, random.random())  # noqa: S311  # to spread retries, no secret
 
 
 async def _forget_session(rt: Runtime, live: LiveRun) -> None:

@@ -141,7 +141,12 @@ async def _execute(rt: Runtime, live: LiveRun, state: PlanState, copy: Workspace
             rt.emit("run.started", row.id, **summary(row))
             if copy is not None:
                 await _open_workspace(rt, live, state, copy)
-            await drive(state, _step_runner(rt, live), on_change=lambda change: _tell(rt, row.id, change))
+            await drive(
+                state,
+                _step_runner(rt, live),
+                on_change=lambda change: _tell(rt, row.id, change),
+                left=lambda: _left(live.budget),
+            )
         error = live.stop_error if live.scope.cancelled_caught else None
     except OrchestratorError as problem:
         error = live.stop_error or problem
@@ -168,6 +173,11 @@ async def _open_workspace(rt: Runtime, live: LiveRun, state: PlanState, copy: Wo
         for change in state.take_changes():
             _tell(rt, live.row.id, change)
         raise
+
+
+def _left(budget: Budget) -> float:
+    """Seconds left of the plan's time, which stands still while a run below it waits for a usage limit's end."""
+    return math.inf if budget.deadline is None else budget.deadline - time.monotonic()
 
 
 def _step_runner(rt: Runtime, live: LiveRun) -> Any:

@@ -24,7 +24,15 @@ from orchestrator.runtime import Runtime
 from orchestrator.store import Run
 from orchestrator.task import Task
 from orchestrator.telemetry import endpoint_of, open_exporter
-from orchestrator.telemetry.metrics import Measurement, of_pool, of_run
+from orchestrator.telemetry.metrics import (
+    COUNTERS,
+    HISTOGRAMS,
+    POOL_COUNTERS,
+    POOL_GAUGES,
+    Measurement,
+    of_pool,
+    of_run,
+)
 from orchestrator.testing import ModelServer, Rule
 from tests.otlp import otlp_receiver
 
@@ -175,6 +183,16 @@ def test_the_report_of_the_pool() -> None:
         "memory_mb": 120.0,
     }
     assert (ending["phase"], ending["pid"], ending["memory_mb"]) == ("ending", None, None)
+
+
+@pytest.mark.parametrize("name", [*COUNTERS, *HISTOGRAMS, *POOL_COUNTERS, *POOL_GAUGES])
+def test_every_metric_is_documented(name: str) -> None:
+    assert f"`{name}`" in (Path(__file__).parent.parent / "docs" / "configuration.md").read_text("utf-8")
+
+
+def test_all_that_is_measured_has_an_instrument() -> None:
+    assert {each.name for each in of_run(a_run())} < {*COUNTERS, *HISTOGRAMS}
+    assert {each.name for each in of_pool(a_pool())} == {*POOL_COUNTERS, *POOL_GAUGES}
 
 
 # -- where it goes ------------------------------------------------------------------------------------------

@@ -541,6 +541,17 @@ async def test_waiting_for_a_place_after_the_wait_is_no_time_of_the_run(quick: O
     assert (outcome.status, outcome.text) == ("succeeded", "done"), outcome.error
 
 
+async def test_a_plan_s_time_stands_still_while_a_step_waits(quick: Open) -> None:
+    prompt = "used_up('once', 6) or answer('done')"
+    plan = parse_plan(
+        f'version: 1\nname: p\nlimits: {{timeout: 4}}\nsteps: [{{id: a, agent: helper, prompt: "{prompt}"}}]\n',
+        Path("p.yaml"),
+    )
+    async with quick() as rt:
+        outcome = await run_plan(rt, plan, {})
+    assert outcome.status == "succeeded", outcome.error
+
+
 # -- what people and agents see of it -------------------------------------------------------------------------
 
 

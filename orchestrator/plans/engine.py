@@ -22,15 +22,23 @@ RunStep = Callable[[str, StepJob], Awaitable[Outcome]]
 
 
 async def drive(
-    state: PlanState, run_step: RunStep, *, on_change: Callable[[StepChange], None] | None = None
+    state: PlanState,
+    run_step: RunStep,
+    *,
+    on_change: Callable[[StepChange], None] | None = None,
+    left: Callable[[], float] | None = None,
 ) -> PlanState:
     """Run ``state`` to its end and return it. ``on_change`` hears of every step and job, in order.
 
     An OrchestratorError of ``run_step`` is that job's outcome; any other error is a bug and propagates in an
     ExceptionGroup. Cancelling the call cancels every running job and leaves the state cancelled. When
-    ``limits.timeout`` is over, the plan ends as ``timed_out``.
+    ``limits.timeout`` is over, the plan ends as ``timed_out``. ``left`` tells how many seconds of it are left,
+    where time passes that does not count; by default it is counted from now.
     """
     limit = state.plan.limits.timeout
+    if left is None:
+        ends = math.inf if limit is None else anyio.current_time() + limit
+        left = lambda: ends - anyio.current_time()  # noqa: E731
 
     def report() -> None:
         for change in state.take_changes():
@@ -49,9 +57,11 @@ async def drive(
         start_ready()
 
     try:
-        with anyio.move_on_after(math.inf if limit is None else limit):
+        async with anyio.create_task_group() as timing:
+            timing.start_soon(_watch_time, left, timing.cancel_scope)
             async with anyio.create_task_group() as tasks:
                 start_ready()
+            timing.cancel_scope.cancel()
         if not state.done:
             error = RunTimeoutError(f"the plan took longer than {limit} s", details={"kind": "wall"})
             state.stop("timed_out", error)
@@ -59,6 +69,12 @@ async def drive(
         state.cancel()
         report()
     return state
+
+
+async def _watch_time(left: Callable[[], float], scope: anyio.CancelScope) -> None:
+    while (seconds := left()) > 0:  # noqa: ASYNC110  # what is left may have grown meanwhile
+        await anyio.sleep(seconds)
+    scope.cancel()
 
 
 async def _outcome(run_step: RunStep, job: StepJob) -> Outcome:
