@@ -102,8 +102,7 @@ def http_app(
 
 
 def _pool_report(rt: Runtime) -> dict[str, Any]:
-    pids = {number: kept.pid for number, kept in rt.pool._kept.items() if kept.pid is not None}  # noqa: SLF001
-    return pool_report(rt.pool.state, pids, anyio.current_time(), max_queue=rt.config.limits.max_queue)
+    return pool_report(rt.pool.state, rt.pool.pids, anyio.current_time(), max_queue=rt.config.limits.max_queue)
 
 
 class Guard:

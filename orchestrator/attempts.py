@@ -135,6 +135,7 @@ async def _answer(rt: Runtime, live: LiveRun, task: Task, spec: Spec, lease: Lea
         if live.commands:
             # The process stays for the next turn; what this turn left running in the background does not.
             await anyio.to_thread.run_sync(sweep, {live.row.id})
+            await lease.end_orphans()
         lease.keep(_transcript(live, spec, lease.session_id))
 
 

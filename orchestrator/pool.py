@@ -22,6 +22,7 @@ from orchestrator.conversation import Conversation, Spec, Turn
 from orchestrator.errors import BackendError, CLIStartError, OrchestratorError, QueueFullError
 from orchestrator.events import PoolEvent
 from orchestrator.killing import INSTANCE_ID_ENV, PROCESS_ID_ENV
+from orchestrator.memory import measure
 from orchestrator.pool_state import Assign, End, PoolState, Request, Start, Worker
 from orchestrator.redaction import RUN_TOKEN_PREFIX
 from orchestrator.scheduling import lower, restore
@@ -30,6 +31,8 @@ log = logging.getLogger(__name__)
 
 #: How often spare processes are looked after: expiry, files that have changed, memory.
 TEND_SECONDS = 2.0
+#: How often the memory of processes is measured; it takes some milliseconds each, in a thread.
+MEASURE_SECONDS = 10.0
 #: How long a process that is to be kept warm may take to answer for the first time.
 START_SECONDS = 60.0
 TOKEN_ENV = "ORCHESTRATOR_RUN_TOKEN"  # noqa: S105  # the variable's name, not a token
@@ -164,6 +167,11 @@ class Lease:
         """The process has not answered even when asked to stop: it is not asked to end, but ended."""
         self._kept.hangs = True
 
+    async def end_orphans(self) -> None:
+        """End what the turn's commands left without a parent or a mark."""
+        if (end := getattr(self.conversation, "end_orphans", None)) is not None:
+            await end()
+
     def keep(self, transcript: str) -> None:
         """The turn ended well and left the session's file in this state."""
         self.ended_well, self.transcript = True, transcript
@@ -207,6 +215,11 @@ class Pool:
 
     def __repr__(self) -> str:
         return f"<Pool {self.state!r}>"
+
+    @property
+    def pids(self) -> dict[int, int]:
+        """The process of each worker that has one."""
+        return {number: kept.pid for number, kept in self._kept.items() if kept.pid is not None}
 
     # -- the queue ----------------------------------------------------------------------------------------
 
@@ -458,13 +471,24 @@ class Pool:
 
     async def tend(self) -> None:
         """Look after spare processes, for ever; idle while there is none."""
+        measured = -math.inf
         while True:
             if not self.state.workers and not self._minimum:
                 self._changed = anyio.Event()
                 await self._changed.wait()
             await anyio.sleep(TEND_SECONDS)
+            if anyio.current_time() - measured >= MEASURE_SECONDS:
+                measured = anyio.current_time()
+                await self._measure()
             self.forget_stale()
             self._act()
+
+    async def _measure(self) -> None:
+        pids = self.pids
+        figures = await anyio.to_thread.run_sync(measure, list(pids.values()), abandon_on_cancel=True)
+        for number, pid in pids.items():
+            if (worker := self.state.workers.get(number)) is not None and pid in figures:
+                worker.memory_mb = figures[pid]
 
     async def close(self) -> None:
         """End every process; returns when all have ended. Runs have to be stopped before."""

@@ -124,7 +124,7 @@ class Stop:
     async def idle(self) -> Outcome:
         """Nothing has been heard of it for too long."""
         async with self.runtime() as rt:
-            return await delegate(rt, self.task.model_copy(update={"idle_timeout_s": 1.5}))
+            return await delegate(rt, self.task.model_copy(update={"idle_timeout_s": 3}))
 
     async def _stored(self, config: Config, run_id: str) -> Outcome:
         async with open_store(config.store_path) as store:
@@ -138,7 +138,7 @@ ENDS = {
     Stop.closing: ("cancelled", "cancelled", "the orchestrator is shutting down"),
     Stop.torn_down: ("cancelled", "cancelled", "the orchestrator was stopped"),
     Stop.wall: ("timed_out", "timeout", "the run took longer than 4 s"),
-    Stop.idle: ("timed_out", "timeout", "nothing was heard of the run for 1.5 s"),
+    Stop.idle: ("timed_out", "timeout", "nothing was heard of the run for 3 s"),
 }
 every_way = pytest.mark.parametrize("way", ENDS, ids=lambda way: way.__name__)
 
