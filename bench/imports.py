@@ -33,7 +33,11 @@ def run(count: int = COUNT) -> dict[str, Any]:
             0.12,
             note="names load on first use",
         ),
-        Figure("import orchestrator, every public name", median([whole for _, whole, _ in found]), "s", 0.12),
+        Figure(
+            "import orchestrator, every public name",
+            median([whole for _, whole, _ in found]),
+            "s",
+        ),
         Figure("of mcp, the OTel SDK, anthropic: loaded", len(heavy), "", 0, note=", ".join(heavy) or "none"),
     ]
     return {"figures": [figure.as_dict() for figure in figures]}

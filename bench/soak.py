@@ -29,7 +29,7 @@ from anyio.abc import TaskGroup
 
 from bench.place import KEY, bundled_cli
 from bench.soak_load import AGENTS, MARKER, Fate, ScriptedModel, fates, kinds
-from orchestrator import Outcome, Runtime, Task, load_config, open_runtime
+from orchestrator import Outcome, Runtime, Task, keep_warm, load_config, open_runtime
 from orchestrator.backends import DIALECTS
 from orchestrator.conversation import Conversation, Spec, Turn
 from orchestrator.delegation import attend, cancel, submit
@@ -44,7 +44,7 @@ from orchestrator.testing import running_model_server
 RUNS = 300
 LIMIT_S = 540.0
 #: Runs asked for at the same time, processes at the same time, and how many of the former may wait in the queue.
-CLIENTS, PROCESSES, QUEUE = 12, 4, 4
+CLIENTS, PROCESSES, QUEUE = 10, 4, 4
 #: No run of the soak has a reason to take longer.
 HUNG_S = 120.0
 #: What every CLI keeps in its TMPDIR for those to come: a folder for each session that has used a shell, and the
@@ -96,7 +96,7 @@ class Killed:
         if fate.kill == "before":
             self.kill()
         elif fate.kill == "during":
-            self._tg.start_soon(self._kill_later, fate.after_s / 2)
+            self._tg.start_soon(self.kill_later, fate.after_s / 2)
         await self._inner.send(turn)
 
     async def receive(self) -> Message:
@@ -110,7 +110,7 @@ class Killed:
             self._process.kill()
             self._soak.killed += 1
 
-    async def _kill_later(self, seconds: float) -> None:
+    async def kill_later(self, seconds: float) -> None:
         await anyio.sleep(seconds)
         self.kill()
 
@@ -132,7 +132,8 @@ def killing(soak: Soak, tg: TaskGroup) -> Callable[..., Any]:
         ) as conversation:
             killed = Killed(conversation, soak, tg)
             if chance.random() < share:
-                killed.kill()
+                # At once, or when it may be waiting for a run or for its session's next turn.
+                tg.start_soon(killed.kill_later, chance.choice((0.0, 1.0, 3.0)))
             yield killed
 
     return open_one
@@ -170,7 +171,9 @@ async def one_run(rt: Runtime, soak: Soak, fate: Fate) -> None:
 def _task(soak: Soak, fate: Fate) -> Task:
     # Which session there is to go on with depends on what has ended by now: that alone is not the seed's.
     chance = random.Random(f"{soak.seed} {fate.marker}")
-    session = chance.choice(soak.sessions) if soak.sessions and fate.mode != "fresh" else None
+    # Half of them the newest: its process may still hold it.
+    known = soak.sessions[-1:] if chance.random() < 0.5 else soak.sessions
+    session = chance.choice(known) if known and fate.mode != "fresh" else None
     if session is not None and fate.mode == "continue":
         soak.sessions.remove(session)  # most go on alone; a fork may still find it in use
     return Task(
@@ -205,6 +208,7 @@ async def all_runs(rt: Runtime, soak: Soak) -> None:
     async def client(fate: Fate) -> None:
         async with clients:
             await one_run(rt, soak, fate)
+            await anyio.sleep(fate.pause_s)
 
     async with anyio.create_task_group() as tg:
         for fate in soak.fates:
@@ -367,6 +371,7 @@ async def soak(seed: int, runs: int, limit_s: float, root: Path) -> dict[str, An
             "TMPDIR": str(root / "tmp"),
         }
         async with open_runtime(config, environ=environ, open_process=killing(state, tg)) as rt:
+            tg.start_soon(keep_warm, rt)
             with anyio.move_on_after(limit_s) as limit:
                 await all_runs(rt, state)
             if limit.cancelled_caught:
@@ -409,6 +414,7 @@ def _settings(root: Path, base_url: str) -> dict[str, Any]:
         "limits.timeout_s": 60,
         "limits.idle_timeout_s": 45,
         "limits.park": False,
+        "pool.warm": {"reader": 1, "sheller": 1},
         "breaker.failure_threshold": 1_000_000,
         "telemetry.enabled": False,
     }

@@ -41,7 +41,10 @@ STALL = Fault(stall_at=3)
 
 @dataclass(frozen=True)
 class Fate:
-    """What becomes of one run: who works on it, what goes wrong, after how many seconds."""
+    """What becomes of one run: who works on it, what goes wrong, after how many seconds.
+
+    After ``pause_s`` its client asks for the next one; meanwhile processes are idle and are got ready.
+    """
 
     marker: str
     agent: str
@@ -55,6 +58,7 @@ class Fate:
     after_s: float = 0.0
     timeout_s: float | None = None
     idle_timeout_s: float | None = None
+    pause_s: float = 0.0
 
 
 def fates(seed: int, count: int) -> list[Fate]:
@@ -69,7 +73,7 @@ def _fate(chance: random.Random, marker: str) -> Fate:
     delay = chance.choice((0.0, 0.0, 0.1, 0.5, 1.0))
     command = chance.choice(COMMANDS) if agent == "sheller" else None
     after = chance.uniform(0.0, 2.0)
-    base = Fate(marker, agent, mode, delay, command, after_s=after)
+    base = Fate(marker, agent, mode, delay, command, after_s=after, pause_s=chance.choice((0.0, 0.0, 1.5)))
     return _with_trouble(chance, base)
 
 

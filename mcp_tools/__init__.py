@@ -45,8 +45,8 @@ async def open_doors(
 ) -> AsyncIterator[Doors]:
     """Serve MCP over HTTP on ``host:port`` and, where ``token`` is given, to stdio shims on a loopback port.
 
-    ``token`` gives full rights; the tokens of running runs are accepted beside it. ``routes`` are served beside
-    ``/mcp``, behind the same checks. Raises ServerUnavailableError when the address cannot be used.
+    ``token`` gives full rights; the tokens of running runs are accepted beside it, for MCP alone. ``routes`` are
+    served beside ``/mcp``, for ``token`` alone. Raises ServerUnavailableError when the address cannot be used.
     """
     app = await anyio.to_thread.run_sync(import_module, "mcp_tools.app")
     async with app.open_doors(rt, host=host, port=port, token=token, routes=routes) as doors:

@@ -30,6 +30,7 @@ from orchestrator.groups import unwrapped
 from orchestrator.pool_report import pool_report
 from orchestrator.runtime import Runtime
 
+MCP_PATH = "/mcp"
 #: How long open requests may take to end when the door closes, in seconds.
 GRACE_SECONDS = 1
 
@@ -55,7 +56,7 @@ async def open_doors(
         line_door = open_line_door(inner, token) if token is not None else nullcontext()
         with unwrapped():
             async with server.session_manager.run(), _serving(app, listener, inner), line_door as line_port:
-                yield OpenDoors(f"http://{_names(host, port)[0]}/mcp", line_port)
+                yield OpenDoors(f"http://{_names(host, port)[0]}{MCP_PATH}", line_port)
 
 
 def http_app(
@@ -77,6 +78,7 @@ def http_app(
         allowed_hosts=list(hosts), allowed_origins=[f"http://{name}" for name in hosts]
     )
     mcp = server.streamable_http_app(
+        streamable_http_path=MCP_PATH,
         transport_security=security,
         # In JSON a character of a prompt may take two bytes where it had one.
         max_request_body_size=2 * rt.config.limits.max_prompt_bytes + 1024 * 1024,
@@ -91,9 +93,11 @@ def http_app(
     async def pool(_: Request) -> Response:
         return JSONResponse(_pool_report(rt))
 
-    def accepts(presented: str) -> bool:
-        known = token is not None and secrets.compare_digest(presented.encode(), token.encode())
-        return known or rt.tokens.knows(presented)
+    def accepts(presented: str, path: str) -> bool:
+        if token is not None and secrets.compare_digest(presented.encode(), token.encode()):
+            return True
+        # An agent's tools tell it of its own runs; the other routes tell of everybody's.
+        return path == MCP_PATH and rt.tokens.knows(presented)
 
     return Starlette(
         routes=[Route("/healthz", healthz), Route("/readyz", readyz), Route("/pool", pool), *routes, *mcp.routes],
@@ -106,13 +110,13 @@ def _pool_report(rt: Runtime) -> dict[str, Any]:
 
 
 class Guard:
-    """Lets in requests that name this server and carry a token that is accepted."""
+    """Lets in requests that name this server and carry a token that is accepted for their path."""
 
     def __init__(
         self,
         app: ASGIApp,
         *,
-        accepts: Callable[[str], bool],
+        accepts: Callable[[str, str], bool],
         security: TransportSecuritySettings,
         open_paths: frozenset[str],
     ) -> None:
@@ -133,7 +137,7 @@ class Guard:
         if scope["path"] in self._open_paths:
             return None
         presented = bearer(Headers(scope=scope))
-        if presented is not None and self._accepts(presented):
+        if presented is not None and self._accepts(presented, scope["path"]):
             return None
         # No resource metadata: with it, clients would try OAuth against a server that has none.
         return Response("a bearer token of this server is needed", 401, {"WWW-Authenticate": "Bearer"})

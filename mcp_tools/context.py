@@ -9,7 +9,7 @@ from typing import Any
 
 from mcp.server.mcpserver import Context
 
-from orchestrator.errors import ConfigError, RunNotFoundError
+from orchestrator.errors import ConfigError, RunNotFoundError, SessionNotFoundError
 from orchestrator.runtime import Runtime
 from orchestrator.store import Run
 from orchestrator.tracing import SpanContext
@@ -17,6 +17,8 @@ from orchestrator.tracing import SpanContext
 #: What the stdio shim says of its surroundings, in the ``_meta`` of each tools/call.
 CALLER_KEY = "orchestrator/caller"
 
+#: Turns of a conversation that are looked through for what it began, newest first.
+_TURNS = 1000
 _BEARER = re.compile(r"\s*bearer\s+(\S+)\s*", re.IGNORECASE)
 _RUN_ID = re.compile(r"[0-9a-f]{16}")
 
@@ -92,6 +94,24 @@ async def visible(rt: Runtime, caller: Caller, run_id: str) -> Run:
         # The same error as for an id that does not exist: other trees are none of an agent's business.
         raise RunNotFoundError(f"no run {run_id!r} among those you started")
     return row
+
+
+async def check_session(rt: Runtime, caller: Caller, session_id: str) -> None:
+    """Whether the caller may go on with the session or fork it. Raises SessionNotFoundError.
+
+    An agent may with those of its own runs and of the runs below these. Its own are all turns of its conversation:
+    what it began in an earlier one it still knows of.
+    """
+    if caller.run is None:
+        return
+    own = {caller.run.id}
+    if caller.run.session_id is not None:
+        own |= {run.id for run in await rt.store.runs(session_id=caller.run.session_id, limit=_TURNS)}
+    for run_id in own:
+        if await rt.store.runs(session_id=session_id, within=run_id, limit=1):
+            return
+    # The same error as for an id that does not exist.
+    raise SessionNotFoundError(f"no session {session_id!r} is known here")
 
 
 async def _claimed(rt: Runtime, run_id: Any) -> Run | None:

@@ -14,7 +14,7 @@ from mcp_types import ToolAnnotations
 from pydantic import Field
 
 from mcp_tools import results
-from mcp_tools.context import Caller, caller_of, visible
+from mcp_tools.context import Caller, caller_of, check_session, visible
 from mcp_tools.strict import StrictTool
 from mcp_tools.waiting import activity, wait_all
 from orchestrator import __version__
@@ -122,6 +122,8 @@ class Tools:
         """
         with _told_to_the_model():
             caller = await caller_of(self._rt, ctx)
+            if session is not None:
+                await check_session(self._rt, caller, session)
             task = Task(
                 agent=agent,
                 prompt=prompt,
@@ -184,6 +186,7 @@ class Tools:
         """
         with _told_to_the_model():
             caller = await caller_of(self._rt, ctx)
+            await check_session(self._rt, caller, session_id)
             session = await self._rt.store.session(session_id)
             task = Task(agent=session.agent, prompt=prompt, session=session_id, fork=True, **_origin(caller))
             return await self._answer(ctx, await submit(self._rt, task), self._patience(caller, None))

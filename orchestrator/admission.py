@@ -5,7 +5,14 @@ from pathlib import Path
 
 from orchestrator.agents import Agent, resolve_model
 from orchestrator.conversation import SessionMode
-from orchestrator.errors import ConfigError, LimitError, PromptError, SessionBusyError, SessionNotFoundError
+from orchestrator.errors import (
+    ConfigError,
+    LimitError,
+    OrchestratorError,
+    PromptError,
+    SessionBusyError,
+    SessionNotFoundError,
+)
 from orchestrator.limits import Budget, budget_of, refuse_unknown_cost
 from orchestrator.pricing import has_price
 from orchestrator.reach import allowed_dirs, asked_by_model, check_reach, resolved
@@ -102,6 +109,8 @@ async def _prepare(rt: Runtime, agent: Agent, task: Task, parent: Run | None, pr
         source.cwd if source is not None and mode == "continue" else row.cwd,
         touched=time.monotonic(),
         parent=live_parent,
+        # Whoever waits for it is at least as urgent.
+        priority=max(task.priority, live_parent.priority if live_parent else task.priority),
     )
 
 
@@ -241,9 +250,13 @@ def new_session(rt: Runtime, row: Run) -> SessionRow | None:
 async def withdraw(rt: Runtime, live: LiveRun) -> None:
     """A run that was refused after its row was written never began: it leaves no row, and holds no session."""
     row = live.row
+    row.status, row.ended_us = "cancelled", now_us()
     try:
         await rt.store.finish_run(row)
         await rt.store.delete_run(row.id)
+    except OrchestratorError:
+        rt.unwritten[row.id] = row  # it would hold its session for ever
+        raise
     finally:
         live.budget.give_back()
         rt.pool.leave_queue(row.id)

@@ -97,10 +97,10 @@ async def _forget_session(rt: Runtime, live: LiveRun) -> None:
 
 async def _attempt(rt: Runtime, live: LiveRun, task: Task, spec: Spec, turn: Turn) -> None:
     rt.breaker.check(anyio.current_time())  # before a process is started in vain
-    async with rt.limiter.acquire():
-        pass
     check_unmoved(spec.cwd)  # and again when there is a process: a link may be put there while the run waits
-    async with rt.pool.lease(_request(rt, live, task, spec), spec) as lease:
+    async with rt.pool.lease(_request(rt, live, spec), spec) as lease:
+        async with rt.limiter.acquire():
+            pass  # taken when there is a process: what waited long together must not begin together
         live.permit = rt.breaker.admit(anyio.current_time())
         error: BaseException | None = None
         try:
@@ -136,7 +136,8 @@ async def _answer(rt: Runtime, live: LiveRun, task: Task, spec: Spec, lease: Lea
             # The process stays for the next turn; what this turn left running in the background does not.
             await anyio.to_thread.run_sync(sweep, {live.row.id})
             await lease.end_orphans()
-        lease.keep(_transcript(live, spec, lease.session_id))
+        if spec.budget_usd is None:  # the CLI counts its own budget on over all turns of a process
+            lease.keep(_transcript(live, spec, lease.session_id))
 
 
 def _transcript(live: LiveRun, spec: Spec, session_id: str) -> str:
@@ -144,7 +145,7 @@ def _transcript(live: LiveRun, spec: Spec, session_id: str) -> str:
     return state_of(transcript(session_id, Path(live.session_cwd), spec.env))
 
 
-def _request(rt: Runtime, live: LiveRun, task: Task, spec: Spec) -> Request:
+def _request(rt: Runtime, live: LiveRun, spec: Spec) -> Request:
     row = live.row
     return Request(
         run_id=row.id,
@@ -155,7 +156,7 @@ def _request(rt: Runtime, live: LiveRun, task: Task, spec: Spec) -> Request:
         transcript=_transcript(live, spec, row.session_id) if row.session_id else "",
         fresh=spec.session_mode == "fresh",
         parent_id=row.parent_id,
-        priority=task.priority,
+        priority=live.priority,
     )
 
 
@@ -172,16 +173,20 @@ async def _begin(rt: Runtime, live: LiveRun, lease: Lease) -> None:
         return
     if row.source_session_id is not None:
         check_free(await rt.store.session(row.source_session_id))  # it may have waited long
-    row.session_id = lease.session_id
+    row.session_id = lease.take()
     _start_clock(live)
     await rt.store.begin_run(row, new_session(rt, row))
     rt.emit("run.started", row.id, **summary(row))
 
 
 def _start_clock(live: LiveRun) -> None:
-    live.row.status, live.row.started_us = "running", now_us()
-    live.began = live.budget.began = time.monotonic()
-    live.touch(live.began)
+    """The run's time begins with its first attempt; it does not begin anew with another."""
+    now = time.monotonic()
+    live.row.status = "running"
+    if live.began is None:
+        live.row.started_us = now_us()
+        live.began = live.budget.began = now
+    live.touch(now)
 
 
 def _resume_clock(live: LiveRun) -> None:
@@ -195,6 +200,7 @@ def _resume_clock(live: LiveRun) -> None:
 async def _begin_over_api(rt: Runtime, live: LiveRun, error: OrchestratorError) -> None:
     """No CLI began the run. That the API answers it, and why, is on its row before it is asked."""
     live.budget.check_start(now=time.monotonic())
+    rt.pool.leave_queue(live.row.id)
     await _forget_session(rt, live)  # the API keeps none
     live.row.fallback = error.to_dict()
     _start_clock(live)

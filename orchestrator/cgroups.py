@@ -7,6 +7,7 @@ hold no process themselves.
 """
 
 import os
+import re
 import subprocess
 import sys
 import threading
@@ -20,6 +21,8 @@ from pathlib import Path
 NAME = "orchestrator"
 #: How long the kernel may take to end what was in a group, in seconds.
 REMOVE_SECONDS = 2.0
+# What ``make_cgroup`` names them, and nobody else: a service may well be called orchestrator-something.
+_OURS = re.compile(rf"{NAME}-[0-9a-f]+-[0-9a-f]+")
 # Enters the group by itself before it becomes the command: no child can be born outside.
 ENTER = '{ echo $$ > "$0"; } 2>/dev/null; exec "$@"'
 
@@ -67,6 +70,20 @@ def kill_cgroups(instance_ids: AbstractSet[str]) -> None:
     for path in base.glob(f"{NAME}-*") if base else ():
         if path.name.startswith(tuple(f"{NAME}-{instance_id}-" for instance_id in instance_ids)):
             Cgroup(path).kill()
+
+
+def leave_our_groups() -> None:
+    """Move this process out of every group that ends with an agent, where the system lets us."""
+    own = _own_group() if sys.platform == "linux" else None
+    if own is not None and (outside := outside_ours(own)) != own:
+        with suppress(OSError):
+            (outside / "cgroup.procs").write_text(str(os.getpid()))
+
+
+def outside_ours(path: Path) -> Path:
+    """The innermost group at or above ``path`` that neither is one of ours nor lies in one."""
+    outermost = next((each for each in (*reversed(path.parents), path) if _OURS.fullmatch(each.name)), None)
+    return path if outermost is None else outermost.parent
 
 
 def cgroup_support() -> str | None:

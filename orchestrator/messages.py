@@ -9,7 +9,6 @@ import json
 import re
 from collections.abc import Iterable
 from dataclasses import dataclass, replace
-from functools import partial
 from itertools import groupby
 from typing import Annotated, Any, TypeAlias
 
@@ -110,11 +109,12 @@ __all__ = [
 
 
 def _tag_of_message(value: Any) -> str:
-    # As with blocks: a message already read may be unknown although its type is known.
-    if isinstance(value, UnknownMessage):
-        return "*"
-    read = value.get if isinstance(value, dict) else partial(getattr, value)
-    kind, subtype = read("type", None), read("subtype", None)
+    if isinstance(value, dict):
+        kind, subtype = value.get("type"), value.get("subtype")
+    elif isinstance(value, UnknownMessage):
+        return "*"  # as with blocks: a message already read may be unknown although its type is known
+    else:
+        kind, subtype = getattr(value, "type", None), getattr(value, "subtype", None)
     if kind == "system":
         tag = f"system/{_SYSTEM_SYNONYMS.get(subtype, subtype)}" if isinstance(subtype, str) else "system/*"
         return tag if tag in _MESSAGE_TAGS else "system/*"

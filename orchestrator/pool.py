@@ -151,9 +151,13 @@ class Lease:
     def pid(self) -> int | None:
         return self._kept.pid
 
+    def take(self) -> str:
+        """Use the process: its session is this run's from now on, whatever becomes of the run."""
+        self.used = True
+        return self.session_id
+
     async def send(self, turn: Turn, *, permission_mode: str | None) -> None:
         """Hand over the prompt, and with it the model and the mode where the process has others."""
-        self.used = True
         model = self._request.model
         turn = replace(
             turn,
@@ -238,11 +242,14 @@ class Pool:
         """The run has a process, or wants none any more."""
         if run_id in self._queued:
             self._queued.discard(run_id)
-            self._room.set()
-            self._room = anyio.Event()
+            self._tell_of_room()
+
+    def _tell_of_room(self) -> None:
+        self._room.set()
+        self._room = anyio.Event()
 
     async def wait_for_room(self) -> None:
-        """Wait until a run has left the queue."""
+        """Wait until there may be room: a run has left the queue, or given back its process."""
         await self._room.wait()
 
     # -- borrowing ----------------------------------------------------------------------------------------
@@ -310,8 +317,10 @@ class Pool:
             ends = self.state.release(kept.worker, now, session_id=None, keep=not kept.cold)
         self._carry_out(ends)
         kept.borrowed = False
+        kept.cold = False  # whoever has it next was not the reason it was started
         kept.returned.set()
         self._act()
+        self._tell_of_room()
 
     # -- carrying out -------------------------------------------------------------------------------------
 
@@ -336,7 +345,7 @@ class Pool:
     def _start(self, worker: Worker, request: Request | None) -> None:
         process_id = uuid.uuid4().hex
         if request is not None:
-            spec = self._waiters[request.run_id].spec
+            spec = self._specs[request.key] = self._waiters[request.run_id].spec
         else:
             spec = replace(self._specs[worker.key], session_id=str(uuid.uuid4()), model=worker.model)
         env = {**spec.env, PROCESS_ID_ENV: process_id, INSTANCE_ID_ENV: self._instance_id}
@@ -413,7 +422,10 @@ class Pool:
         kept.gone.set()
         self._emit("pool.ended", _facts(kept.worker))
         if not self.state.closing:
-            self._act()
+            try:
+                self._act()
+            except Exception:
+                log.exception("%r: a defect of the orchestrator", self)
 
     async def _idle(self, kept: _Kept) -> None:
         """Read what the process says while nobody wants it. Raises CLIExitError when it has ended."""
@@ -466,8 +478,9 @@ class Pool:
         self._specs = {key: spec for key, spec in self._specs.items() if key in in_use}
 
     def _forget_key(self, key: str) -> None:
-        self._specs.pop(key, None)
         self._carry_out(self.state.forget(key))
+        if key not in self.state.keys:
+            self._specs.pop(key, None)
 
     async def tend(self) -> None:
         """Look after spare processes, for ever; idle while there is none."""
@@ -477,11 +490,15 @@ class Pool:
                 self._changed = anyio.Event()
                 await self._changed.wait()
             await anyio.sleep(TEND_SECONDS)
-            if anyio.current_time() - measured >= MEASURE_SECONDS:
-                measured = anyio.current_time()
-                await self._measure()
-            self.forget_stale()
-            self._act()
+            try:
+                if anyio.current_time() - measured >= MEASURE_SECONDS:
+                    measured = anyio.current_time()
+                    await self._measure()
+                self.forget_stale()
+                self._act()
+            except Exception:
+                # Spare processes that nobody looks after are no reason to end every run.
+                log.exception("%r: a defect of the orchestrator", self)
 
     async def _measure(self) -> None:
         pids = self.pids

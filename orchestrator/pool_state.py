@@ -47,7 +47,8 @@ class PoolLimits:
 
     ``max_processes`` counts runs at work, ``max_idle`` warm processes, ``max_sessions`` processes that hold a
     session for its next turn, ``max_starts`` processes that start at the same time. ``memory_mb`` None is no
-    bound. The estimates of a process's memory count until it has been measured.
+    bound. The estimates of a process's memory count until it has been measured. ``transcripts`` is False where
+    sessions are kept in no files (fakes).
     """
 
     max_processes: int = 8
@@ -59,6 +60,7 @@ class PoolLimits:
     active_mb: float = 110.0
     idle_s: float = 300.0
     session_idle_s: float = 300.0
+    transcripts: bool = True
 
 
 @dataclass(frozen=True, slots=True)
@@ -214,8 +216,9 @@ class PoolState:
 
     @property
     def keys(self) -> set[str]:
-        """Keys that are in use, wanted or remembered."""
-        return {*self._demand, *self._minimum, *(w.key for w in self.workers.values())}
+        """Keys that are in use, waited for, wanted or remembered."""
+        waiting = (request.key for line in self._waiting.values() for request in line)
+        return {*self._demand, *self._minimum, *(w.key for w in self.workers.values()), *waiting}
 
     def wanted(self, key: str, now: float) -> int:
         """How many processes of the key ought to be warm: the configured minimum, or what demand of late says.
@@ -288,11 +291,11 @@ class PoolState:
         return [End(worker, reason)]
 
     def gone(self, worker: Worker, now: float) -> None:
-        """The process has ended. One that died while it started is not soon replaced: the next would die too."""
+        """The process has ended. One that died before its first turn is not replaced soon: the next may die too."""
         if self.workers.pop(worker.id, None) is None or worker.phase == "ending":
             return
         self.counters.retired["died"] += 1
-        if worker.starting:
+        if worker.starting or not worker.turns:
             self._failed[worker.key] = now
 
     def want(self, key: str, agent: str, model: str | None, minimum: int) -> None:
@@ -377,7 +380,9 @@ class PoolState:
     def _goes_on(self, holder: Worker, request: Request) -> bool:
         # A change of model in mid-session would be told to the model within the prompt; a resume is silent.
         same = (holder.key, holder.model) == (request.key, request.model)
-        return same and holder.transcript == request.transcript
+        # Where the file is not found nobody can tell who has gone on with the session.
+        known = bool(request.transcript) or not self.limits.transcripts
+        return same and known and holder.transcript == request.transcript
 
     def _holder_of(self, session_id: str) -> Worker | None:
         return next((worker for worker in self.workers.values() if worker.session_id == session_id), None)

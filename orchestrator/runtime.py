@@ -74,6 +74,7 @@ class LiveRun:
     messages: int = 0
     answered: bool = False
     commands: bool = False
+    priority: int = 0
     charged: tuple[float, int, int] = (0.0, 0, 0)
     verdict: OrchestratorError | None = None
     stop_error: OrchestratorError | None = None
@@ -298,10 +299,12 @@ async def open_runtime(
                     yield rt
                 finally:
                     with anyio.CancelScope(shield=True):
-                        await close_runs(rt)
-                        with suppress(OrchestratorError):
-                            await write_ends(rt)
-                        await rt.pool.close()
+                        try:
+                            await close_runs(rt)
+                            with suppress(OrchestratorError):
+                                await write_ends(rt)
+                        finally:
+                            await rt.pool.close()
                     tg.cancel_scope.cancel()
 
 
@@ -316,6 +319,7 @@ def _open_pool(rt: Runtime, open_process: OpenProcess) -> Pool:
             memory_mb=pool.memory_mb or psutil.virtual_memory().total / 2e6,
             idle_s=pool.idle_s,
             session_idle_s=pool.session_idle_s,
+            transcripts=open_process == rt.connect,
         )
     )
 
@@ -375,7 +379,7 @@ async def write_ends(rt: Runtime) -> None:
     """Store the ends of runs that could not be stored when they came. Raises StoreError if they still cannot."""
     for row in list(rt.unwritten.values()):
         await rt.store.finish_run(row)
-        del rt.unwritten[row.id]
+        rt.unwritten.pop(row.id, None)
 
 
 async def _watch_cancels(rt: Runtime) -> None:
@@ -383,8 +387,9 @@ async def _watch_cancels(rt: Runtime) -> None:
     looked = anyio.current_time()
     while True:
         await anyio.sleep(CANCEL_POLL_SECONDS)
-        try:
+        with suppress(OrchestratorError):
             await write_ends(rt)
+        try:
             for run_id in await rt.store.cancels_requested() if rt.live else ():
                 if run := rt.live.get(run_id):
                     run.stop(RunCancelledError("cancelled on request"))

@@ -121,7 +121,8 @@ def dial(data: Path) -> Connection | None:
     """A connection to the server that the state file names; None if there is none, or it does not answer."""
     try:
         state = json.loads((data / "server.json").read_bytes())
-        os.kill(state["pid"], 0)  # a dead server's port may belong to anyone by now: not the one to tell the token
+        if not _lives(state["pid"]):  # its port may belong to anyone by now: not the one to tell the token
+            return None
         link = socket.create_connection(("127.0.0.1", state["line_port"]), HELLO_SECONDS)
     except (OSError, ValueError, KeyError, TypeError):
         return None
@@ -141,6 +142,15 @@ def dial(data: Path) -> Connection | None:
     return Connection(link, lines)
 
 
+def _lives(pid: int) -> bool:
+    os.kill(pid, 0)
+    try:
+        state = Path(f"/proc/{pid}/stat").read_bytes().rpartition(b")")[2].split()[0]
+    except (OSError, IndexError):  # no Linux, or it is ending just now
+        return True
+    return state != b"Z"  # nobody's child: where process 1 does not look after such, it stays a zombie
+
+
 def reach(data: Path, project: Path, environ: Mapping[str, str]) -> Connection:
     """Connect to the server, started if need be. Raises NoServerError."""
     if connection := dial(data):
@@ -154,30 +164,49 @@ def reach(data: Path, project: Path, environ: Mapping[str, str]) -> Connection:
 
 
 def _start(data: Path, project: Path, environ: Mapping[str, str]) -> Connection:
+    living, held = os.pipe()  # the server holds the one end for as long as it lives, and writes nothing
+    try:
+        try:
+            _launch(data, project, environ, held)
+        finally:
+            os.close(held)
+        return _started(data, living)
+    finally:
+        os.close(living)
+
+
+def _launch(data: Path, project: Path, environ: Mapping[str, str], held: int) -> None:
     import subprocess  # noqa: PLC0415  # rarely needed, and not free
 
     log = os.open(data / "server.log", os.O_WRONLY | os.O_APPEND | os.O_CREAT, 0o600)
     try:
+        # Apart from us: an agent may have started us, and is ended with all that descends from it.
         # -P: a project with a file json.py in it must not become part of the server.
-        server = subprocess.Popen(
-            [sys.executable, "-P", "-m", "orchestrator", "--data-dir", str(data), "serve"],
+        starter = subprocess.Popen(
+            [sys.executable, "-P", "-m", "orchestrator.apart", "--data-dir", str(data), "serve"],
             cwd=project,
             env={name: value for name, value in environ.items() if name not in NOT_FOR_THE_SERVER},
             stdin=subprocess.DEVNULL,
             stdout=log,
             stderr=log,
             start_new_session=True,
+            pass_fds=(held,),
         )
     finally:
         os.close(log)
-    # Reaped when it dies: as a zombie of ours a dead server, and with it its runs, would pass for living.
-    threading.Thread(target=server.wait, daemon=True).start()
+    # It ends as soon as it has forked. Not waited for here, or what holds it up would hold the client up, too.
+    threading.Thread(target=starter.wait, daemon=True).start()
+
+
+def _started(data: Path, living: int) -> Connection:
+    """The connection to the server just started. ``living`` can be read from when it has ended."""
+    import select  # noqa: PLC0415  # like subprocess, which has it loaded
+
     deadline = time.monotonic() + START_SECONDS
     while time.monotonic() < deadline:
         if connection := dial(data):
             return connection
-        with suppress(subprocess.TimeoutExpired):
-            server.wait(POLL_SECONDS)
+        if select.select([living], [], [], POLL_SECONDS)[0]:
             raise NoServerError(f"the orchestrator server ended at once; {_last_words(data)}")
     raise NoServerError(f"the orchestrator server did not start within {START_SECONDS:g} s; {_last_words(data)}")
 

@@ -637,6 +637,73 @@ async def test_a_call_from_somewhere_below_a_run_is_its_child(
     assert (await wait(rt, outer)).ok
 
 
+async def test_an_agent_goes_on_only_with_sessions_of_its_own_tree(
+    rt: Runtime, client: Client, model: ModelServer
+) -> None:
+    """What another conversation has said is none of its business; a person may go on with any."""
+    gate = Gate()
+    model.rules = [Rule(gate, when={"user_contains": "outer"}), Rule("noted")]
+    stranger = await delegate(rt, Task(agent="helper", prompt="a secret"))
+    outer = await submit(rt, Task(agent="worker", prompt="outer"))
+    await model.wait_for("outer")
+    meta: Any = {CALLER_KEY: {"run_id": outer}}
+
+    async def delegated(meta: Any = meta, **options: Any) -> CallToolResult:
+        arguments = {"agent": "helper", "prompt": "x", **options}
+        return await client.call_tool("delegate", arguments, meta=meta)
+
+    async def forked(session: str | None, meta: Any = meta) -> CallToolResult:
+        return await client.call_tool("fork_session", {"session_id": session, "prompt": "x"}, meta=meta)
+
+    def refusal(result: CallToolResult, session: str | None) -> str:
+        assert error_of(result)["code"] == "session_not_found"
+        return text_of(result).replace(str(session), "…")
+
+    inner = facts_of(await delegated())["session"]
+    for foreign, unknown in (
+        (await delegated(session=stranger.session_id), await delegated(session="none")),
+        (await delegated(session=stranger.session_id, fork=True), await delegated(session="none", fork=True)),
+        (await forked(stranger.session_id), await forked("none")),
+    ):
+        assert refusal(foreign, stranger.session_id) == refusal(unknown, "none")
+    assert facts_of(await delegated(session=inner))["session"] == inner
+    assert facts_of(await delegated(session=inner, fork=True))["session"] != inner
+    assert facts_of(await forked(inner))["session"] != inner
+    # Its own is no secret: it is told what is the matter.
+    own = (await rt.store.run(outer)).session_id
+    assert error_of(await delegated(session=own))["code"] == "session_busy"
+    assert facts_of(await delegated(None, session=stranger.session_id))["session"] == stranger.session_id
+    assert facts_of(await forked(stranger.session_id, None))["session"]
+    gate.opened.set()
+    assert (await wait(rt, outer)).ok
+
+
+async def test_an_agent_goes_on_with_what_it_began_in_an_earlier_turn(
+    rt: Runtime, client: Client, model: ModelServer
+) -> None:
+    """The turns of one conversation are runs, and need not be of one tree."""
+    gates = [Gate(), Gate()]
+    model.rules = [
+        Rule(gates[1], when={"user_contains": "outer again"}),
+        Rule(gates[0], when={"user_contains": "outer"}),
+        Rule("noted"),
+    ]
+    first = await submit(rt, Task(agent="worker", prompt="outer"))
+    call = {"agent": "helper", "prompt": "x"}
+    inner = facts_of(await client.call_tool("delegate", call, meta={CALLER_KEY: {"run_id": first}}))["session"]
+    gates[0].opened.set()
+    session = (await wait(rt, first)).session_id
+    second = await submit(rt, Task(agent="worker", prompt="outer again", session=session))
+    await model.wait_for("outer again")
+
+    meta: Any = {CALLER_KEY: {"run_id": second}}
+    on = await client.call_tool("delegate", {**call, "session": inner}, meta=meta)
+
+    assert facts_of(on)["session"] == inner
+    gates[1].opened.set()
+    assert (await wait(rt, second)).ok
+
+
 # -- agents that delegate -----------------------------------------------------------------------------------
 
 

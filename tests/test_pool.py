@@ -271,6 +271,19 @@ def carries(process: psutil.Process, run_id: str) -> bool:
         return False
 
 
+async def test_a_budget_is_each_turns_own_in_a_session_with_sub_agents(
+    runtime: Open, model: ModelServer, project: Path
+) -> None:
+    """The CLI counts its own second line of defence over all turns of a process."""
+    write_agent(project, "boss", tools="Read, Agent", body="You have sub-agents.")
+    model.rules = [Rule("ok")]  # 0.0005 $
+    async with runtime() as rt:
+        session = None
+        for n in range(3):
+            outcome = await turn(rt, f"turn {n}", agent="boss", session=session, budget_usd=0.0009)
+            session = outcome.session_id
+
+
 # -- the door -----------------------------------------------------------------------------------------------
 
 

@@ -79,8 +79,8 @@ def test_a_session_that_goes_on_otherwise_waits_until_its_process_is_gone(change
     pool = state()
     first = given(pool, run("r1"))
     assert first is not None
-    served(pool, first, 1)
-    again = run("r2", **{"session_id": "s1", **change})
+    served(pool, first, 1, transcript="t1")
+    again = run("r2", **{"session_id": "s1", "transcript": "t1", **change})
     pool.ask(again)
     assert kinds(pool.decide(2)) == ["End:superseded"]
     assert pool.decide(3) == []
@@ -88,6 +88,17 @@ def test_a_session_that_goes_on_otherwise_waits_until_its_process_is_gone(change
     [start] = pool.decide(4)
     assert isinstance(start, Start)
     assert start.worker is not first
+
+
+@pytest.mark.parametrize("kept", [True, False], ids=["in files", "in memory alone"])
+def test_a_session_whose_file_is_not_found_goes_on_only_where_there_are_no_files(kept: bool) -> None:
+    """That it was not found before either does not say that nobody has gone on with it."""
+    pool = state(transcripts=kept)
+    first = given(pool, run("r1"))
+    assert first is not None
+    served(pool, first, 1, transcript="")
+    assert given(pool, run("r2", session_id="s1", transcript=""), 2) is (None if kept else first)
+    assert pool.counters.session_hits == (0 if kept else 1)
 
 
 def test_a_fresh_run_never_gets_a_process_that_holds_a_session() -> None:
@@ -148,10 +159,10 @@ def test_starts_are_bounded_and_a_session_that_is_held_need_not_wait_for_them() 
     pool = state(max_starts=1)
     first = given(pool, run("r0"))
     assert first is not None
-    served(pool, first, 1)
+    served(pool, first, 1, transcript="t1")
     assert given(pool, run("r1", key="b"), 2) is not None
     assert given(pool, run("r2", key="c"), 2) is None
-    assert given(pool, run("r3", session_id="s1"), 2) is first
+    assert given(pool, run("r3", session_id="s1", transcript="t1"), 2) is first
 
 
 def test_a_process_that_never_answers_holds_up_starts_only_for_a_while() -> None:

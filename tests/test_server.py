@@ -21,6 +21,9 @@ from hypothesis import strategies as st
 from mcp import Client, MCPError
 from mcp.client.streamable_http import streamable_http_client
 from mcp_types import JSONRPCNotification, JSONRPCRequest, JSONRPCResponse, TextContent
+from starlette.requests import Request as HTTPRequest
+from starlette.responses import PlainTextResponse, Response
+from starlette.routing import Route
 
 from mcp_tools import open_door, open_doors
 from mcp_tools.lines import Lines, Unanswered
@@ -212,6 +215,29 @@ async def test_a_runs_token_is_that_run(rt: Runtime, model: ModelServer) -> None
     # A span of another trace is not where a child of this run can hang.
     assert (first.parent_span_id, second.parent_span_id) == (inside.span_id, None)
     assert late.status_code == 401
+
+
+async def test_a_runs_token_opens_mcp_and_nothing_else(rt: Runtime) -> None:
+    """An agent must not read of other people's runs what its tools do not tell it."""
+
+    async def page(_: HTTPRequest) -> Response:
+        return PlainTextResponse("a page")
+
+    token = rt.tokens.issue("a process")
+    routes = [Route("/page", page), Route("/mcp-page", page)]
+    async with open_doors(rt, token=TOKEN, routes=routes) as doors, httpx2.AsyncClient() as http:
+
+        async def status(path: str, token: str) -> int:
+            address = doors.url.removesuffix("/mcp") + path
+            return (await http.get(address, headers={"authorization": f"Bearer {token}"})).status_code
+
+        for path in ("/pool", "/readyz", "/page", "/mcp-page", "/mcp/", "/mcp/../pool", "//pool", "/nothing"):
+            assert await status(path, token) == 401
+        for path in ("/pool", "/readyz", "/page", "/mcp-page"):
+            assert await status(path, TOKEN) == 200
+        assert await status("/mcp", token) == await status("/mcp", TOKEN) != 401
+        async with connected(doors.url, token) as agent:
+            assert (await agent.list_tools()).tools
 
 
 async def test_an_agent_waits_longer_than_a_person(runtime: Open, model: ModelServer) -> None:

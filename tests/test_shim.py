@@ -6,12 +6,15 @@ import shutil
 import signal
 import subprocess
 import sys
+import uuid
 from collections.abc import AsyncIterator, Callable
-from contextlib import asynccontextmanager
+from contextlib import AbstractAsyncContextManager, asynccontextmanager
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import anyio
+import httpx2
 import psutil
 import pytest
 import yaml
@@ -19,10 +22,19 @@ from anyio.abc import Process
 
 from mcp_tools import open_doors
 from orchestrator import shim
+from orchestrator.backends import DIALECTS
 from orchestrator.config import Config, load_config
+from orchestrator.conversation import Turn
+from orchestrator.delegation import delegate
+from orchestrator.killing import INSTANCE_ID_ENV, PROCESS_ID_ENV
+from orchestrator.process import connect_process
 from orchestrator.runtime import Runtime
 from orchestrator.server import ServerState, read_state, serve, write_private
-from orchestrator.testing import ModelServer, Request, Rule
+from orchestrator.task import Task
+from orchestrator.testing import ModelServer, Reply, Request, Rule, ToolUse
+from orchestrator.tracing import new_run_id
+from tests.conftest import bundled_cli
+from tests.test_killing import Machine, needs_cgroups, until
 
 ROOT = Path(__file__).parents[1]
 PROTOCOL = {
@@ -482,6 +494,68 @@ async def test_two_shims_start_one_server(installed: Config, environ: dict[str, 
     assert log.stat().st_mode & 0o777 == 0o600
     # The server outlives the shims that started it.
     assert server.is_running()
+
+
+START = """\
+#!/bin/sh
+{{ echo '{initialize}'; {then}; }} | PYTHONPATH={root} {python} -m orchestrator mcp --data-dir {data} > /dev/null
+"""
+
+
+def will_start_a_server(config: Config, model: ModelServer, then: str) -> tuple[str, ...]:
+    """Have an agent start a shim, which lives as long as ``then`` takes; the tools that it must be allowed."""
+    message = json.dumps({"jsonrpc": "2.0", "id": 1, "method": "initialize", "params": INITIALIZE})
+    script = config.project_dir / "start.sh"
+    words = {"root": ROOT, "python": sys.executable, "data": config.data_path, "then": then}
+    script.write_text(START.format(initialize=message, **words))
+    script.chmod(0o755)
+    command = ToolUse("Bash", {"command": "./start.sh"})
+    model.rules = [Rule(Reply(command), when={"tool_result": False}), Rule("Done.")]
+    return ("Bash(./start.sh)",)
+
+
+async def answers(config: Config) -> bool:
+    """Whether the server that the state file named before still answers."""
+    async with httpx2.AsyncClient(timeout=20) as http:
+        response = await http.get(server_of(config).url.removesuffix("/mcp") + "/healthz")
+    return bool(response.json()["ok"])
+
+
+@pytest.mark.usefixtures("sweeping")
+async def test_a_server_that_an_agent_has_started_is_no_part_of_its_run(
+    installed: Config, runtime: Callable[..., AbstractAsyncContextManager[Runtime]], model: ModelServer
+) -> None:
+    """It is everybody's: it stays when the run has ended, and when the run's process is ended."""
+    allowed = will_start_a_server(installed, model, "true")
+    with anyio.fail_after(120):
+        async with runtime() as rt:
+            outcome = await delegate(rt, Task(agent="worker", prompt="x", allowed_tools=allowed))
+            assert outcome.text == "Done."
+            assert await answers(installed)
+        assert await answers(installed)
+
+
+@pytest.mark.usefixtures("sweeping")
+@pytest.mark.parametrize("grouped", [False, pytest.param(True, marks=needs_cgroups)])
+async def test_a_server_outlives_the_agent_that_is_ended_while_its_shim_lives(
+    installed: Config, environ: dict[str, str], model: ModelServer, grouped: bool
+) -> None:
+    allowed = will_start_a_server(installed, model, "sleep 300")
+    marks = {PROCESS_ID_ENV: uuid.uuid4().hex, **({INSTANCE_ID_ENV: new_run_id()} if grouped else {})}
+    spec = replace(Machine(installed.project_dir, environ, model).spec(**marks), allowed_tools=allowed)
+    with anyio.fail_after(120):
+        async with connect_process(
+            spec, binary=bundled_cli(), dialect=DIALECTS["claude"], max_line_bytes=1 << 20
+        ) as conversation:
+            await conversation.send(Turn("Start it.", str(uuid.uuid4())))
+            await until(lambda: read_state(installed.data_path) is not None)
+            await conversation.end_orphans()
+            assert await answers(installed)
+            family = psutil.Process(conversation.pid).children(recursive=True)
+            assert server_of(installed).pid not in {child.pid for child in family}
+            [shim_] = [child for child in family if "mcp" in child.cmdline()]
+        await until(lambda: not shim_.is_running())
+        assert await answers(installed)
 
 
 @pytest.mark.usefixtures("sweeping")

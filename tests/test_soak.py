@@ -44,13 +44,23 @@ def test_a_seed_draws_the_same_fates_again() -> None:
 
 
 def a_run(**more: Any) -> Run:
-    return Run(
-        **{
-            "id": "a" * 16, "trace_id": "b" * 32, "root_id": "a" * 16, "depth": 1, "kind": "agent",
-            "name": "reader", "project": "/", "cwd": "/", "instance_id": "i", "status": "succeeded", "cost_usd": 0.1,
-            "created_us": 1, "started_us": 2, "ended_us": 3, **more,
-        }
-    )  # fmt: skip
+    fields: dict[str, Any] = {
+        "id": "a" * 16,
+        "trace_id": "b" * 32,
+        "root_id": "a" * 16,
+        "depth": 1,
+        "kind": "agent",
+        "name": "reader",
+        "project": "/",
+        "cwd": "/",
+        "instance_id": "i",
+        "status": "succeeded",
+        "cost_usd": 0.1,
+        "created_us": 1,
+        "started_us": 2,
+        "ended_us": 3,
+    }
+    return Run(**(fields | more))
 
 
 def said(*kinds: str, first: int = 1) -> list[StoredMessage]:

@@ -3,6 +3,8 @@
 import os
 import re
 from collections.abc import Iterable, Iterator, Mapping
+from functools import lru_cache
+from glob import escape
 from pathlib import Path
 
 _OF_A_DIRECTORY = ("CLAUDE.md", "CLAUDE.local.md")
@@ -78,5 +80,27 @@ def state_of(path: Path | str) -> str:
 
 
 def transcript(session_id: str, cwd: Path, env: Mapping[str, str]) -> Path:
-    """The file of a session that was begun in ``cwd``."""
-    return config_dir(env) / "projects" / re.sub(r"[^A-Za-z0-9]", "-", str(cwd)) / f"{session_id}.jsonl"
+    """The file of a session that was begun in ``cwd``: where it is, or where it is to be expected."""
+    projects = config_dir(env) / "projects"
+    expected = projects / re.sub(r"[^A-Za-z0-9]", _dashes, str(cwd)) / f"{session_id}.jsonl"
+    if os.path.exists(expected):  # noqa: PTH110  # Path.exists raises for a name that is too long
+        return expected
+    try:
+        return _found(projects, session_id)
+    except OSError:
+        return expected
+
+
+def _dashes(match: re.Match[str]) -> str:
+    return "--" if match[0] > "\uffff" else "-"  # the CLI counts in UTF-16
+
+
+@lru_cache(maxsize=1000)
+def _found(projects: Path, session_id: str) -> Path:
+    """The session's file in whatever folder. Raises FileNotFoundError, which is not remembered.
+
+    The CLI shortens the names of long directories in a way of its own, and follows links.
+    """
+    for path in projects.glob(f"*/{escape(session_id)}.jsonl"):
+        return path
+    raise FileNotFoundError(session_id)
