@@ -100,6 +100,7 @@ class _Kept:
     borrowed: bool = False
     hangs: bool = False
     lowered: bool = False
+    reading: bool = False
     idling: anyio.CancelScope = field(default_factory=anyio.CancelScope)
     handed: anyio.Event = field(default_factory=anyio.Event)
     returned: anyio.Event = field(default_factory=anyio.Event)
@@ -110,8 +111,9 @@ class _Kept:
         return getattr(self.conversation, "pid", None)
 
     def wake(self) -> None:
-        """Have the keeping task look at what has changed."""
-        self.idling.cancel()
+        """Have the keeping task look at what has changed, if it reads meanwhile."""
+        if self.reading:
+            self.idling.cancel()
 
 
 @dataclass(slots=True, eq=False)
@@ -216,6 +218,7 @@ class Pool:
         self._changed = anyio.Event()
         self._minimum: dict[str, tuple[Spec, str, int]] = {}
         self._busy_s = 5.0
+        self._later = False
 
     def __repr__(self) -> str:
         return f"<Pool {self.state!r}>"
@@ -326,8 +329,26 @@ class Pool:
 
     def _act(self) -> None:
         """Decide and carry out, without waiting for anything."""
-        self._carry_out(self.state.decide(anyio.current_time()))
+        now = anyio.current_time()
+        self._carry_out(self.state.decide(now))
         self._changed.set()
+        if not self._later and not self.state.closing and now < self.state.refill_at:
+            self._later = True
+            self._tg.start_soon(self._act_later)
+
+    async def _act_later(self) -> None:
+        """Once the runs that have just begun are under way, see to warm processes."""
+        while (left := self.state.refill_at - anyio.current_time()) > 0:  # noqa: ASYNC110  # every hand-out moves it
+            await anyio.sleep(left)
+        self._later = False
+        self._act_safely()
+
+    def _act_safely(self) -> None:
+        try:
+            self._act()
+        except Exception:
+            # A defect in looking after processes is no reason to end every run.
+            log.exception("%r: a defect of the orchestrator", self)
 
     def _carry_out(self, actions: Iterable[Assign | Start | End]) -> None:
         for action in actions:
@@ -422,18 +443,19 @@ class Pool:
         kept.gone.set()
         self._emit("pool.ended", _facts(kept.worker))
         if not self.state.closing:
-            try:
-                self._act()
-            except Exception:
-                log.exception("%r: a defect of the orchestrator", self)
+            self._act_safely()
 
     async def _idle(self, kept: _Kept) -> None:
         """Read what the process says while nobody wants it. Raises CLIExitError when it has ended."""
         assert kept.conversation is not None
         limit = START_SECONDS if kept.worker.starting else math.inf
         with anyio.move_on_after(limit) as kept.idling:
-            while kept.worker.phase != "ending" and not kept.borrowed:
-                await kept.conversation.receive()
+            kept.reading = True
+            try:
+                while kept.worker.phase != "ending" and not kept.borrowed:
+                    await kept.conversation.receive()
+            finally:
+                kept.reading = False
         if anyio.current_time() >= kept.idling.deadline and kept.worker.starting:
             raise CLIStartError(f"the CLI has not answered for {START_SECONDS:g} s")
 

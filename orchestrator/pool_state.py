@@ -35,6 +35,8 @@ BURST_S = 1.0
 MAX_KINDS = 64
 #: How long a process that does not answer counts as one that is starting.
 MAX_START_S = 10.0
+#: How long after a hand-out the next process is started to be kept warm.
+REFILL_DELAY_S = 0.3
 #: For how long no process is kept warm after one of its kind died while it started.
 FAILED_S = 60.0
 #: How far into one parent's line is looked for a run that can start although the one before it cannot.
@@ -177,6 +179,8 @@ class PoolState:
         self._demand: OrderedDict[str, deque[float]] = OrderedDict()
         self._kinds: dict[str, tuple[str, str | None]] = {}
         self._failed: dict[str, float] = {}
+        #: Not before this are processes started to be kept warm: starting one would slow the run that just began.
+        self.refill_at = 0.0
         self._ids = itertools.count(1)
 
     def __repr__(self) -> str:
@@ -394,6 +398,7 @@ class PoolState:
 
     def _assign(self, request: Request, worker: Worker, now: float) -> Assign:
         worker.phase, worker.since = "busy", now
+        self.refill_at = now + REFILL_DELAY_S
         worker.run_id, worker.parent_id, worker.model = request.run_id, request.parent_id, request.model
         return Assign(request, worker)
 
@@ -445,6 +450,8 @@ class PoolState:
         """One process to be kept warm, if it is wanted, nothing else starts, nobody waits and there is room."""
         idle = self._in_phase("idle")
         if self._waiting or self.starting(now) or len(idle) >= self.limits.max_idle:
+            return
+        if now < self.refill_at:
             return
         if not self._fits(self.limits.idle_mb):
             return

@@ -11,9 +11,10 @@ from orchestrator import Runtime, Task, delegate, open_runtime, submit
 from orchestrator.config import Config
 from orchestrator.conversation import Conversation, Spec, Turn
 from orchestrator.delegation import cancel, wait
-from orchestrator.errors import CLIExitError, ServerError
+from orchestrator.errors import CLIExitError, RunCancelledError, ServerError
 from orchestrator.messages import ResultMessage, StreamEvent
 from orchestrator.testing import FakeConversation, FakeProcesses
+from orchestrator.testing.fake_conversation import answer_messages
 
 Open = Callable[[FakeProcesses], AbstractAsyncContextManager[Runtime]]
 SESSION = "3f0d6c1e-6a0e-4d7c-9d1a-0e8a4d0f7a11"
@@ -115,3 +116,28 @@ async def test_it_streams_as_the_cli_does(environ: dict[str, str]) -> None:
             heard.append(await conversation.receive())
         assert [m.text_delta for m in heard if isinstance(m, StreamEvent) and m.text_delta] == ["so"]
         assert heard[-1].turn_cost_usd == 0.0005
+
+
+async def test_a_message_that_comes_with_the_cancel_is_recorded(fake: Open) -> None:
+    sent = anyio.Event()
+
+    def silent(_: FakeConversation, __: Turn) -> None:
+        sent.set()
+
+    processes = FakeProcesses(silent)
+    async with fake(processes) as rt:
+        run_id = await submit(rt, Task(agent="helper", prompt="go"))
+        await sent.wait()
+        await anyio.wait_all_tasks_blocked()
+        [conversation] = processes.living
+        init, *_ = [
+            m for m in answer_messages(conversation.spec, conversation.turns[0], "x") if m["type"] == "system"
+        ]
+        conversation.say(init)
+        rt.live[run_id].stop(RunCancelledError("at the same moment"))
+        outcome = await wait(rt, run_id)
+        messages = await rt.store.messages(run_id)
+        [session] = await rt.store.sessions()
+    assert outcome.status == "cancelled"
+    assert [(message.seq, message.type) for message in messages] == [(1, "system"), (2, "result")]
+    assert session.turns == 1

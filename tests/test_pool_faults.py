@@ -21,16 +21,19 @@ Opened = Callable[..., AbstractAsyncContextManager[Runtime]]
 
 
 class Script:
-    """Answers at once, but for prompts that begin with "long": those when ``finish`` is called."""
+    """Answers at once; prompts that begin with "long" get their result when ``finish`` is called."""
 
     def __init__(self) -> None:
-        self.at_work: dict[str, tuple[FakeConversation, Turn]] = {}
+        self.at_work: dict[str, tuple[FakeConversation, Any]] = {}
         self._came = anyio.Event()
 
     def __call__(self, conversation: FakeConversation, turn: Turn) -> str | None:
         if not turn.prompt.startswith("long"):
             return "ok"
-        self.at_work[turn.prompt] = conversation, turn
+        messages = answer_messages(conversation.spec, turn, "done")
+        ends = next(n for n, message in enumerate(messages) if message["type"] == "result")
+        conversation.say(*messages[:ends])
+        self.at_work[turn.prompt] = conversation, messages[ends:]
         self._came.set()
         return None
 
@@ -41,8 +44,8 @@ class Script:
 
     def finish(self, *prompts: str) -> None:
         for prompt in prompts:
-            conversation, turn = self.at_work.pop(prompt)
-            conversation.say(*answer_messages(conversation.spec, turn, "done"))
+            conversation, rest = self.at_work.pop(prompt)
+            conversation.say(*rest)
 
 
 @pytest.fixture
@@ -102,6 +105,8 @@ async def test_a_run_that_is_cancelled_while_it_begins_leaves_its_session_to_nob
         await script.began("long")
         cancelled = await submit(rt, Task(agent="helper", prompt="x"))
         after = await submit(rt, Task(agent="helper", prompt="y"))
+        while not [session for session in await rt.store.sessions() if session.turns]:
+            await anyio.wait_all_tasks_blocked()  # until all that "long" has said so far is written
         blocker = sqlite3.connect(rt.config.store_path, isolation_level=None)
         blocker.execute("BEGIN IMMEDIATE")  # the disk is slow: nothing that is written comes through
         script.finish("long")

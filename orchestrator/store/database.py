@@ -108,7 +108,11 @@ class SQLite:
 
     async def _enqueue(self, item: _Write) -> None:
         try:
-            await self._queue.send(item)
+            try:
+                # ``send`` would look for a cancellation first, and drop what has been received and counted already.
+                self._queue.send_nowait(item)
+            except anyio.WouldBlock:
+                await self._queue.send(item)
         except (anyio.ClosedResourceError, anyio.BrokenResourceError):
             raise StoreError("the store is closed", advice="Use the store inside its `async with` block.") from None
 
