@@ -1,7 +1,7 @@
 """``python -m orchestrator.apart ARGUMENTS``: the command ``orchestrator ARGUMENTS``, as nobody's child.
 
-The shim starts the server so. The shim may live below an agent, and whatever an agent started is ended with it: what
-descends from it, and what is in its control group. A server works for everybody, and must be neither.
+The shim starts the server so. The shim may live below an agent, and whatever an agent started is ended with it:
+what descends from it, and what is in its control group. A server works for everybody, and must be neither.
 """
 
 import os

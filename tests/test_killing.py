@@ -23,7 +23,7 @@ from anyio.abc import Process
 
 from orchestrator.backends import DIALECTS
 from orchestrator.backends.claude import argv, encode_control, encode_prompt, environment
-from orchestrator.cgroups import Cgroup, cgroup_support, kill_cgroups, make_cgroup
+from orchestrator.cgroups import Cgroup, cgroup_support, kill_cgroups, make_cgroup, outside_ours
 from orchestrator.conversation import Spec, Turn
 from orchestrator.delegation import delegate
 from orchestrator.errors import CLIStartError, ConfigError
@@ -520,6 +520,22 @@ async def test_groups_of_dead_instances_are_removed_with_what_is_in_them() -> No
         assert (left.path.exists(), kept.path.exists()) == (False, True)
     finally:
         kill_cgroups({ours, other})
+
+
+@pytest.mark.parametrize(
+    ("group", "outside"),
+    [
+        ("", ""),
+        ("user.slice/app", "user.slice/app"),
+        ("app/orchestrator-0a1b-2c3d", "app"),
+        ("app/orchestrator-0a1b-2c3d/inner", "app"),
+        ("app/orchestrator-0a1b-2c3d/orchestrator-4e5f-6789", "app"),
+        ("orchestrator-main.service", "orchestrator-main.service"),
+        ("orchestrator-my-service/x", "orchestrator-my-service/x"),
+    ],
+)
+def test_where_nothing_ends_with_an_agent(group: str, outside: str) -> None:
+    assert outside_ours(Path("/sys/fs/cgroup", group)) == Path("/sys/fs/cgroup", outside)
 
 
 @needs_cgroups

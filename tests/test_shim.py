@@ -34,7 +34,7 @@ from orchestrator.task import Task
 from orchestrator.testing import ModelServer, Reply, Request, Rule, ToolUse
 from orchestrator.tracing import new_run_id
 from tests.conftest import bundled_cli
-from tests.test_killing import Machine, needs_cgroups, until
+from tests.test_killing import Machine, needs_cgroups, runs, until
 
 ROOT = Path(__file__).parents[1]
 PROTOCOL = {
@@ -498,7 +498,7 @@ async def test_two_shims_start_one_server(installed: Config, environ: dict[str, 
 
 START = """\
 #!/bin/sh
-{{ echo '{initialize}'; {then}; }} | PYTHONPATH={root} {python} -m orchestrator mcp --data-dir {data} > /dev/null
+{{ echo '{initialize}'; {then}; }} | PYTHONPATH={root} {python} -m orchestrator mcp --data-dir {data} > said
 """
 
 
@@ -531,6 +531,7 @@ async def test_a_server_that_an_agent_has_started_is_no_part_of_its_run(
         async with runtime() as rt:
             outcome = await delegate(rt, Task(agent="worker", prompt="x", allowed_tools=allowed))
             assert outcome.text == "Done."
+            assert "error" not in (installed.project_dir / "said").read_text()
             assert await answers(installed)
         assert await answers(installed)
 
@@ -540,6 +541,13 @@ async def test_a_server_that_an_agent_has_started_is_no_part_of_its_run(
 async def test_a_server_outlives_the_agent_that_is_ended_while_its_shim_lives(
     installed: Config, environ: dict[str, str], model: ModelServer, grouped: bool
 ) -> None:
+    said = installed.project_dir / "said"
+    os.mkfifo(said)
+
+    def first_line() -> str:
+        with said.open() as lines:
+            return lines.readline()
+
     allowed = will_start_a_server(installed, model, "sleep 300")
     marks = {PROCESS_ID_ENV: uuid.uuid4().hex, **({INSTANCE_ID_ENV: new_run_id()} if grouped else {})}
     spec = replace(Machine(installed.project_dir, environ, model).spec(**marks), allowed_tools=allowed)
@@ -548,13 +556,13 @@ async def test_a_server_outlives_the_agent_that_is_ended_while_its_shim_lives(
             spec, binary=bundled_cli(), dialect=DIALECTS["claude"], max_line_bytes=1 << 20
         ) as conversation:
             await conversation.send(Turn("Start it.", str(uuid.uuid4())))
-            await until(lambda: read_state(installed.data_path) is not None)
+            assert "serverInfo" in await anyio.to_thread.run_sync(first_line, abandon_on_cancel=True)
             await conversation.end_orphans()
             assert await answers(installed)
             family = psutil.Process(conversation.pid).children(recursive=True)
             assert server_of(installed).pid not in {child.pid for child in family}
             [shim_] = [child for child in family if "mcp" in child.cmdline()]
-        await until(lambda: not shim_.is_running())
+        await until(lambda: not runs(shim_))
         assert await answers(installed)
 
 
@@ -710,7 +718,14 @@ async def test_a_server_that_cannot_start(tmp_path: Path, environ: dict[str, str
         assert client.process.returncode is None
 
 
+def a_child() -> "subprocess.Popen[bytes]":
+    """It ends at once, and is a zombie until it is waited for."""
+    return subprocess.Popen(["true"])
+
+
 async def test_a_port_that_belongs_to_someone_else_now(tmp_path: Path) -> None:
+    zombie = a_child()
+    await until(lambda: not runs(psutil.Process(zombie.pid)))
     listener = await anyio.create_tcp_listener(local_host="127.0.0.1")
     port = listener.extra(anyio.abc.SocketAttribute.local_port)
     heard = []
@@ -723,8 +738,10 @@ async def test_a_port_that_belongs_to_someone_else_now(tmp_path: Path) -> None:
     gone = {"pid": 2**22 + 1, "line_port": port, "token": "secret"}
     async with listener, anyio.create_task_group() as tg:
         tg.start_soon(listener.serve, stranger)
-        write_private(tmp_path / "server.json", json.dumps(gone))
-        assert await anyio.to_thread.run_sync(shim.dial, tmp_path) is None
+        for dead in (gone, {**gone, "pid": zombie.pid}):
+            write_private(tmp_path / "server.json", json.dumps(dead))
+            assert await anyio.to_thread.run_sync(shim.dial, tmp_path) is None
+        zombie.wait()
         assert heard == []  # a dead server's token is told to nobody
         write_private(tmp_path / "server.json", json.dumps({**gone, "pid": os.getpid()}))
         assert await anyio.to_thread.run_sync(shim.dial, tmp_path) is None
