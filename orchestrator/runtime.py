@@ -395,6 +395,7 @@ async def _watch_cancels(rt: Runtime) -> None:
                     run.stop(RunCancelledError("cancelled on request"))
             if anyio.current_time() - looked > DEAD_OWNER_SECONDS:
                 looked = anyio.current_time()
+                await rt.store.beat()
                 await clean_up_after_the_dead(rt.store)
         except OrchestratorError:
             # A store that is busy or full for a moment must not end the runs that work.

@@ -22,10 +22,11 @@ from orchestrator.errors import RunCancelledError, RunNotFoundError
 from orchestrator.killing import RUN_ID_ENV
 from orchestrator.outcome import Outcome
 from orchestrator.runtime import LiveRun, Runtime
-from orchestrator.store import Run, open_store
+from orchestrator.store import Run, now_us, open_store
 from orchestrator.task import Task
 from orchestrator.testing import Fault, ModelServer, Reply, Request, Rule, ToolUse
 from orchestrator.testing import Usage as Tokens
+from orchestrator.tracing import new_run_id, new_trace_id
 from tests.conftest import settings
 
 OpenRuntime = Callable[..., AbstractAsyncContextManager[Runtime]]
@@ -438,3 +439,28 @@ async def first_run_with_text(path: Path) -> Run:
                     return run
             await anyio.sleep(0.05)
     raise AssertionError("no text was written in five seconds")
+
+
+# --- Owners that died
+
+
+async def test_a_run_whose_owner_fell_silent_on_another_host_ends_while_it_is_waited_for(rt: Runtime) -> None:
+    """Nobody is left to act on the request; whoever looks next ends the run. We give signs of life meanwhile."""
+    run_id = new_run_id()
+    far = Run(
+        id=run_id, trace_id=new_trace_id(), root_id=run_id, depth=1, kind="agent", name="helper", status="running",
+        project="/srv", cwd="/srv", created_us=1, started_us=1, instance_id="far",
+    )  # fmt: skip
+    await rt.store.create_run(far)
+    params = {"alive": now_us() - 180_000_000}
+    await rt.store._db.write(
+        ("INSERT INTO instances VALUES ('far', 'serve', 'another-host', 1, 0, 1, :alive, NULL)", params),
+        ("UPDATE instances SET alive_us = 1 WHERE id != 'far'", {}),
+    )
+    with anyio.fail_after(40):
+        await cancel(rt, run_id)
+        outcome = await wait(rt, run_id)
+    assert (outcome.status, (outcome.error or {})["code"]) == ("interrupted", "interrupted")
+    [mine] = await rt.store._db.all("SELECT * FROM instances WHERE ended_us IS NULL")
+    assert mine["id"] == rt.store.instance_id
+    assert mine["alive_us"] > params["alive"]

@@ -4,8 +4,10 @@ import json
 import os
 import shutil
 import signal
+import sqlite3
 import subprocess
 import sys
+import time
 from pathlib import Path
 from typing import Any
 
@@ -377,6 +379,25 @@ def test_runs_cancel_reaches_a_run_of_another_process(shell: Shell) -> None:
         assert "cancelled" in shell.run("runs", "cancel", first["run_id"]).stdout
         process.communicate(timeout=20)
         assert process.returncode == 3
+
+
+@pytest.mark.parametrize(("silent_us", "status", "code"), [(180_000_000, "interrupted", 0), (0, "running", 1)])
+def test_runs_cancel_ends_a_run_whose_host_is_gone(shell: Shell, silent_us: int, status: str, code: int) -> None:
+    """As long as the other host is heard of, the request waits for it."""
+    assert shell.json("runs", "list") == []  # makes the store
+    [path] = (shell.project / ".data").glob("*.db")
+    run_id, now = "a" * 16, time.time_ns() // 1000
+    with sqlite3.connect(path) as store:
+        store.execute(
+            "INSERT INTO runs (id, trace_id, root_id, depth, kind, name, status, project, cwd, created_us,"
+            " instance_id) VALUES (?, ?, ?, 1, 'agent', 'helper', 'running', '/srv', '/srv', 1, 'far')",
+            (run_id, "b" * 32, run_id),
+        )
+        store.execute(
+            "INSERT INTO instances VALUES ('far', 'serve', 'another-host', 1, 0, 1, ?, NULL)", (now - silent_us,)
+        )
+    store.close()
+    assert shell.run("runs", "cancel", run_id, code=code).stdout == f"run {run_id} {status}\n"
 
 
 def _read_until(process: subprocess.Popen[str], text: str) -> list[str]:

@@ -839,21 +839,111 @@ async def test_a_reused_pid_does_not_keep_runs_alive(path: Path) -> None:
         gone = await created(store, instance_id="gone")
         await store._db.write(
             (
-                "INSERT INTO instances SELECT 'gone', kind, host, pid, pid_created - 500, 1, NULL FROM instances",
+                "INSERT INTO instances SELECT 'gone', kind, host, pid, pid_created - 500, 1, alive_us, NULL"
+                " FROM instances",
                 {},
             )
         )
         assert [run.id for run in await store.interrupt_abandoned()] == [gone.id]
 
 
-async def test_runs_of_another_machine_are_left_alone(path: Path) -> None:
+MINUTE = 60_000_000
+
+
+async def an_instance_elsewhere(store: Store, *, silent_us: int, now: int | None = None) -> str:
+    """An instance of another host, its run at work, the run's session; it was last heard of so long ago."""
+    far = await created(store, instance_id="far", status="running")
+    await store.begin_session(a_session("s-far", locked_by=far.id))
+    alive = (now or now_us()) - silent_us
+    await store._db.write(
+        ("INSERT INTO instances VALUES ('far', 'serve', 'another-host', 1, 0, 1, :alive, NULL)", {"alive": alive}),
+    )
+    return far.id
+
+
+@pytest.mark.parametrize(
+    "silent_us", [-10 * MINUTE, 0, MINUTE], ids=["its clock is ahead", "just heard", "a minute"]
+)
+async def test_runs_of_another_machine_are_left_alone_while_it_is_heard_of(path: Path, silent_us: int) -> None:
     async with open_store(path) as store:
-        far = await created(store, instance_id="far")
-        await store._db.write(
-            ("INSERT INTO instances VALUES ('far', 'serve', 'another-host', 1, 0, 1, NULL)", {}),
-        )
+        run_id = await an_instance_elsewhere(store, silent_us=silent_us)
+        assert await store.bury_dead_instances() == []
         assert await store.interrupt_abandoned() == []
-        assert (await store.run(far.id)).status == "queued"
+        assert (await store.run(run_id)).status == "running"
+        assert (await store.session("s-far")).locked_by == run_id
+
+
+async def test_the_runs_of_another_machine_that_fell_silent_become_interrupted(path: Path) -> None:
+    """A container that was killed is replaced under a new host name, where its process cannot be looked for."""
+    async with open_store(path) as store:
+        run_id = await an_instance_elsewhere(store, silent_us=3 * MINUTE)
+        assert [run.id for run in await store.interrupt_abandoned()] == [run_id]
+        assert (await store.run(run_id)).status == "interrupted"
+        await store.hold_session("s-far", "another-run")
+        assert await store.interrupt_abandoned() == []
+
+
+async def test_another_machine_that_fell_silent_is_buried_once(path: Path) -> None:
+    async with open_store(path) as store:
+        await an_instance_elsewhere(store, silent_us=3 * MINUTE)
+        assert await store.bury_dead_instances() == ["far"]
+        assert await store.bury_dead_instances() == []
+
+
+async def test_our_own_host_is_judged_by_its_processes_however_silent(path: Path) -> None:
+    """A library's program may hold its event loop for minutes; as long as it lives, its runs are its own."""
+    async with open_store(path) as busy, open_store(path) as store:
+        run = await created(busy)
+        await busy._db.write(("UPDATE instances SET alive_us = 1", {}))
+        assert await store.bury_dead_instances() == []
+        assert await store.interrupt_abandoned() == []
+        assert (await store.run(run.id)).status == "queued"
+
+
+async def test_who_was_asleep_itself_lets_the_others_wake_up_before_it_judges(path: Path) -> None:
+    """Laptop and containers sleep and wake together, and one of them looks first."""
+    async with open_store(path) as store:
+        before = now_us()
+        run_id = await an_instance_elsewhere(store, silent_us=0, now=before)
+        assert await store.bury_dead_instances(now=before) == []
+        awake = before + 60 * MINUTE
+        assert await store.bury_dead_instances(now=awake) == []
+        assert await store.interrupt_abandoned(now=awake) == []
+        for look in range(8):
+            assert await store.bury_dead_instances(now=awake + look * MINUTE // 4) == []
+        assert await store.bury_dead_instances(now=awake + 2 * MINUTE) == ["far"], "it did not wake up"
+        assert [run.id for run in await store.interrupt_abandoned(now=awake + 2 * MINUTE)] == [run_id]
+
+
+async def test_a_sign_of_life_is_on_disk(path: Path) -> None:
+    async with open_store(path) as store:
+        await store._db.write(("UPDATE instances SET alive_us = 1", {}))
+        before = now_us()
+        await store.beat()
+        [(alive,)] = peek(path, "SELECT alive_us FROM instances")
+        assert before <= alive <= now_us()
+
+
+async def test_who_was_taken_for_dead_is_alive_again_and_stops_what_is_no_longer_its_own(path: Path) -> None:
+    """Its sessions may have been gone on with elsewhere; what it begins from now on is its own."""
+    async with open_store(path) as slept, open_store(path) as store:
+        lost = await created(slept)
+        await slept._db.write(
+            (
+                "UPDATE instances SET host = 'another-host', alive_us = :then WHERE id = :id",
+                {"then": now_us() - 60 * MINUTE, "id": slept.instance_id},
+            )
+        )
+        assert await slept.cancels_requested() == []
+        assert await store.bury_dead_instances() == [slept.instance_id]
+        assert [run.id for run in await store.interrupt_abandoned()] == [lost.id]
+        await slept.beat()
+        assert await slept.cancels_requested() == [lost.id]
+        new = await created(slept)
+        assert await store.interrupt_abandoned() == []
+        assert (await store.run(new.id)).status == "queued"
+        await slept.request_cancel(new.id)
+        assert new.id in await slept.cancels_requested()
 
 
 async def test_an_instance_that_closed_leaves_nothing_running(path: Path) -> None:

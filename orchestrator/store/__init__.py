@@ -10,13 +10,13 @@ from pathlib import Path
 from typing import Any, Literal, Unpack
 
 import anyio
-import psutil
 
 from orchestrator.errors import RunInterruptedError, RunNotFoundError, SessionBusyError, SessionNotFoundError
 from orchestrator.limits import Budget, Limits, Spent
 from orchestrator.outcome import ENDED
 from orchestrator.redaction import Redactor
 from orchestrator.store.database import Database, Statement, StoreError, open_sqlite
+from orchestrator.store.liveness import Liveness, started
 from orchestrator.store.rows import Run, RunFilters, SessionRow, StoredMessage, to_columns, to_json
 
 __all__ = [
@@ -68,6 +68,8 @@ class Store:
         self._db = database
         self.redact = redact
         self.instance_id = instance_id
+        self._liveness = Liveness()
+        self._given_up: list[str] = []
 
     # -- instances: who works on which run ---------------------------------------------------------------
 
@@ -75,14 +77,14 @@ class Store:
         pid = os.getpid()
         await self._db.write(
             (
-                "INSERT INTO instances (id, kind, host, pid, pid_created, started_us)"
-                " VALUES (:id, :kind, :host, :pid, :created, :now)",
+                "INSERT INTO instances (id, kind, host, pid, pid_created, started_us, alive_us)"
+                " VALUES (:id, :kind, :host, :pid, :created, :now, :now)",
                 {
                     "id": self.instance_id,
                     "kind": kind,
                     "host": socket.gethostname(),
                     "pid": pid,
-                    "created": _started(pid),
+                    "created": started(pid),
                     "now": now_us(),
                 },
             )
@@ -92,33 +94,46 @@ class Store:
         sql = "UPDATE instances SET ended_us = :now WHERE id = :id"
         await self._db.write_soon((sql, {"now": now_us(), "id": self.instance_id}))
 
-    async def bury_dead_instances(self) -> list[str]:
-        """Mark the instances of this host whose process is gone as ended; returns their ids."""
-        rows = await self._db.all(
-            "SELECT * FROM instances WHERE ended_us IS NULL AND host = :host", {"host": socket.gethostname()}
-        )
-        dead = [row["id"] for row in rows if not _is_alive(row["pid"], row["pid_created"])]
+    async def beat(self) -> None:
+        """Give a sign of life; others take an instance that owns runs for dead after SILENT_US without one.
+
+        Whoever was taken for dead (it slept) is alive again. The runs that were ended for it meanwhile are among
+        ``cancels_requested``: their sessions may be in use elsewhere.
+        """
+        me = {"me": self.instance_id}
+        row = await self._db.one("SELECT ended_us FROM instances WHERE id = :me", me)
+        sql = "UPDATE instances SET alive_us = :now, ended_us = NULL WHERE id = :me"
+        await self._db.write((sql, {**me, "now": now_us()}))
+        if row is not None and row["ended_us"] is not None:
+            lost = "SELECT id FROM runs WHERE instance_id = :me AND status = 'interrupted'"
+            self._given_up = [run["id"] for run in await self._db.all(lost, me)]
+
+    async def bury_dead_instances(self, *, now: int | None = None) -> list[str]:
+        """Mark the instances that are gone as ended; returns their ids.
+
+        Those of this host whose process is gone, those of other hosts that fell silent (``store.liveness``).
+        """
+        now = now or now_us()
+        self._liveness.look(now)
+        rows = await self._db.all("SELECT * FROM instances WHERE ended_us IS NULL")
+        dead = [row["id"] for row in rows if self._liveness.is_gone(row, now)]
         sql = "UPDATE instances SET ended_us = :now WHERE id = :id"
         if dead:
-            await self._db.write(*((sql, {"now": now_us(), "id": instance}) for instance in dead))
+            await self._db.write(*((sql, {"now": now, "id": instance}) for instance in dead))
         return dead
 
-    async def interrupt_abandoned(self) -> list[Run]:
+    async def interrupt_abandoned(self, *, now: int | None = None) -> list[Run]:
         """Mark the unfinished runs of instances that are gone as ``interrupted``, and free their sessions.
 
         What the agent had said stays as the run's text. Returns those runs.
         """
+        now = now or now_us()
+        self._liveness.look(now)
         rows = await self._db.all(
-            "SELECT DISTINCT i.* FROM instances i JOIN runs r ON r.instance_id = i.id"
-            " WHERE r.ended_us IS NULL AND i.host = :host",
-            {"host": socket.gethostname()},
+            "SELECT DISTINCT i.* FROM instances i JOIN runs r ON r.instance_id = i.id WHERE r.ended_us IS NULL"
         )
-        abandoned: list[Run] = []
-        for instance in rows:
-            if instance["ended_us"] is None and _is_alive(instance["pid"], instance["pid_created"]):
-                continue
-            abandoned += await self._interrupt_runs_of(instance["id"])
-        return abandoned
+        gone = [row["id"] for row in rows if self._liveness.is_gone(row, now)]
+        return [run for instance in gone for run in await self._interrupt_runs_of(instance)]
 
     async def _interrupt_runs_of(self, instance_id: str) -> list[Run]:
         where = "instance_id = :instance AND ended_us IS NULL"
@@ -180,12 +195,12 @@ class Store:
         await self._db.write(_update(run_id, {"cancel_requested": 1}))
 
     async def cancels_requested(self) -> list[str]:
-        """Runs of this instance that another process wants cancelled."""
+        """Runs of this instance that another process wants cancelled, or has given up (``beat``)."""
         rows = await self._db.all(
             "SELECT id FROM runs WHERE instance_id = :me AND ended_us IS NULL AND cancel_requested",
             {"me": self.instance_id},
         )
-        return [row["id"] for row in rows]
+        return [*(row["id"] for row in rows), *self._given_up]
 
     async def finish_run(self, run: Run) -> None:
         """Store a run's end and free its session, in one transaction. A run ends once: later ends are ignored."""
@@ -370,23 +385,3 @@ def _insert_session(session: SessionRow) -> Statement:
     columns = session.model_dump()
     names, marks = ", ".join(columns), ", ".join(f":{name}" for name in columns)
     return f"INSERT INTO sessions ({names}) VALUES ({marks})", columns
-
-
-def _is_alive(pid: int, created: float) -> bool:
-    try:
-        # The start time tells this process from a later one with the same pid.
-        return abs(_started(pid) - created) < 1
-    except psutil.Error:
-        return False
-
-
-def _started(pid: int) -> float:
-    """When a running process began. Raises psutil.Error if there is none."""
-    process = psutil.Process(pid)
-    if process.status() == psutil.STATUS_ZOMBIE:
-        raise psutil.ZombieProcess(pid)  # nobody waited for it; it works on nothing any more
-    try:
-        # In ticks since boot: the time of day moves when the clock is set, and a live owner would look dead.
-        return float(Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[19])
-    except OSError:
-        return process.create_time()

@@ -7,6 +7,7 @@ CREATE TABLE instances (
     pid         INTEGER NOT NULL,
     pid_created REAL NOT NULL,              -- the process's own start time: a pid alone is used again
     started_us  INTEGER NOT NULL,
+    alive_us    INTEGER NOT NULL,           -- its last sign of life: on another host no process can be looked for
     ended_us    INTEGER
 );
 
