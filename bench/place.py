@@ -62,6 +62,9 @@ class Stamped:
     def stderr_tail(self) -> str:
         return self._inner.stderr_tail
 
+    async def prepare(self, turn: Turn) -> None:
+        await self._inner.prepare(turn)
+
     async def send(self, turn: Turn) -> None:
         await self._inner.send(turn)
         self._stamps.sent = time.monotonic()

@@ -89,6 +89,9 @@ class Killed:
     def stderr_tail(self) -> str:
         return self._inner.stderr_tail
 
+    async def prepare(self, turn: Turn) -> None:
+        await self._inner.prepare(turn)
+
     async def send(self, turn: Turn) -> None:
         found = MARKER.search(turn.prompt)
         assert found is not None

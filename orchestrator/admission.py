@@ -221,13 +221,6 @@ def reachable(rt: Runtime, project: Path, parent: Run | None, *, by_model: bool)
     )
 
 
-async def take_session(rt: Runtime, row: Run) -> None:
-    """Hold the session that is gone on with. Raises SessionBusyError."""
-    if row.session_mode == "continue":
-        assert row.session_id is not None
-        await rt.store.hold_session(row.session_id, row.id)
-
-
 def new_session(rt: Runtime, row: Run) -> SessionRow | None:
     """The session the run begins, held by it; None if it goes on with one."""
     if row.session_mode == "continue":

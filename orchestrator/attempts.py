@@ -8,7 +8,6 @@ import random
 import time
 import uuid
 from dataclasses import replace
-from functools import partial
 from pathlib import Path
 
 import anyio
@@ -52,7 +51,7 @@ async def converse(rt: Runtime, live: LiveRun, agent: Agent, task: Task) -> None
             raise
         await _begin_over_api(rt, live, error)
         async with open_fallback(plain, settings) as conversation:
-            await hold_turn(rt, live, task, conversation, conversation.send, turn)
+            await hold_turn(rt, live, task, conversation, turn)
 
 
 def _first_words(agent: Agent, row: Run, task: Task) -> str:
@@ -82,7 +81,7 @@ async def _over_cli(rt: Runtime, live: LiveRun, task: Task, spec: Spec, turn: Tu
 
 def _delay(rt: Runtime, live: LiveRun, attempt: int, error: OrchestratorError) -> float | None:
     """Seconds until the next attempt; None if there is to be none."""
-    if live.earlier and isinstance(error, CircuitOpenError):
+    if live.waits.parks and isinstance(error, CircuitOpenError):
         # It has waited for hours perhaps, and nothing of its turn was refused: it waits for this, too.
         return error.retry_after
     return rt.retry.delay(attempt, error, random.random())  # noqa: S311  # to spread retries, no secret
@@ -104,6 +103,7 @@ async def _attempt(rt: Runtime, live: LiveRun, task: Task, spec: Spec, turn: Tur
         live.permit = rt.breaker.admit(anyio.current_time())
         error: BaseException | None = None
         try:
+            await lease.prepare(turn, permission_mode=spec.permission_mode)
             await _begin(rt, live, lease)
             await _answer(rt, live, task, spec, lease, turn)
             error = live.verdict
@@ -125,9 +125,8 @@ def _report(rt: Runtime, live: LiveRun, error: BaseException | None) -> None:
 
 
 async def _answer(rt: Runtime, live: LiveRun, task: Task, spec: Spec, lease: Lease, turn: Turn) -> None:
-    send = partial(lease.send, permission_mode=spec.permission_mode)
     try:
-        await hold_turn(rt, live, task, lease.conversation, send, turn)
+        await hold_turn(rt, live, task, lease.conversation, turn)
     finally:
         if live.progress.result is None:
             lease.hangs()

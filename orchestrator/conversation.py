@@ -82,6 +82,10 @@ class Conversation(Protocol):
         """The last part of what the backend wrote to stderr, for error messages."""
         ...
 
+    async def prepare(self, turn: Turn) -> None:
+        """Have what the turn brings along hold, before its prompt is sent; nothing is asked of a model yet."""
+        ...
+
     async def send(self, turn: Turn) -> None:
         """Hand over one prompt. Send the next only after the result of this one was received."""
         ...

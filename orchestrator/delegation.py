@@ -10,7 +10,7 @@ import time
 
 import anyio
 
-from orchestrator.admission import admit, take_session, withdraw
+from orchestrator.admission import admit, withdraw
 from orchestrator.agents import Agent
 from orchestrator.endings import conclude, cost_of, ended_as, stop_children, summary
 from orchestrator.errors import OrchestratorError, QueueFullError, RunCancelledError
@@ -63,7 +63,6 @@ async def submit(rt: Runtime, task: Task) -> str:
     try:
         live.budget.start(live.row.depth, time.monotonic())
         await rt.store.create_run(live.row)
-        await take_session(rt, live.row)
         if live.parent is not None and live.parent.stop_error is not None:
             raise RunCancelledError(f"run {live.parent.row.id}, which delegates this one, is being stopped")
         if rt.closing:

@@ -158,8 +158,11 @@ class Lease:
         self.used = True
         return self.session_id
 
-    async def send(self, turn: Turn, *, permission_mode: str | None) -> None:
-        """Hand over the prompt, and with it the model and the mode where the process has others."""
+    async def prepare(self, turn: Turn, *, permission_mode: str | None) -> None:
+        """Tell the process what the turn brings along, and the model and the mode where it has others.
+
+        It takes the CLI some milliseconds, in which the run's beginning can be stored.
+        """
         model = self._request.model
         turn = replace(
             turn,
@@ -167,7 +170,7 @@ class Lease:
             permission_mode=permission_mode if permission_mode != self._kept.mode else None,
         )
         self._kept.model, self._kept.mode = model, permission_mode
-        await self.conversation.send(turn)
+        await self.conversation.prepare(turn)
 
     def hangs(self) -> None:
         """The process has not answered even when asked to stop: it is not asked to end, but ended."""

@@ -83,10 +83,13 @@ class ProcessConversation:
         """Have the CLI load what a turn needs before there is one; ``on_ready`` is called when it has."""
         await self._write(self._request({"subtype": "initialize"}))
 
+    async def prepare(self, turn: Turn) -> None:
+        if lines := [self._request(request) for request in self._dialect.requests_of(turn)]:
+            await self._write(b"".join(lines))
+
     async def send(self, turn: Turn) -> None:
-        lines = [self._request(request) for request in self._dialect.requests_of(turn)]
         self._prompt_uuid = turn.uuid
-        await self._write(b"".join([*lines, self._dialect.encode_prompt(turn.prompt, turn.uuid)]))
+        await self._write(self._dialect.encode_prompt(turn.prompt, turn.uuid))
 
     async def interrupt(self) -> None:
         await self._write(self._request({"subtype": "interrupt", "cancel_queued": True}))

@@ -1,10 +1,9 @@
 """One turn of a run over a conversation: send the prompt, take in what comes, keep time, judge the result."""
 
 import time
-from collections.abc import Awaitable, Callable, Coroutine
+from collections.abc import Awaitable, Callable
 from dataclasses import replace
 from functools import partial
-from typing import Any
 
 import anyio
 
@@ -32,16 +31,12 @@ TEXT_CHARS_PER_SECOND = 1_000_000
 #: Tools that can start processes which outlive the call.
 SHELLS = ("Bash", "PowerShell", "Monitor", "REPL")
 
-Send = Callable[[Turn], Coroutine[Any, Any, None]]
 
-
-async def hold_turn(
-    rt: Runtime, live: LiveRun, task: Task, conversation: Conversation, send: Send, turn: Turn
-) -> None:
+async def hold_turn(rt: Runtime, live: LiveRun, task: Task, conversation: Conversation, turn: Turn) -> None:
     """Have the turn answered; sets the verdict on ``live``. When it is stopped, what the CLI still says is kept."""
     schema_asked = task.output_schema is not None
     try:
-        await _converse(rt, live, task, conversation, send, turn)
+        await _converse(rt, live, task, conversation, turn)
     except BaseException as stopped:
         with anyio.CancelScope(shield=True), anyio.move_on_after(WIND_DOWN_SECONDS):
             await _wind_down(rt, live, conversation)
@@ -53,17 +48,15 @@ async def hold_turn(
     live.answered = True
 
 
-async def _converse(
-    rt: Runtime, live: LiveRun, task: Task, conversation: Conversation, send: Send, turn: Turn
-) -> None:
+async def _converse(rt: Runtime, live: LiveRun, task: Task, conversation: Conversation, turn: Turn) -> None:
     idle = task.idle_timeout_s or rt.config.limits.idle_timeout_s
     go_on = replace(turn, prompt=CONTINUE_PROMPT, uuid=continue_uuid(live.row.id, live.waits.parks))
     with unwrapped():
         async with anyio.create_task_group() as tg:
             tg.start_soon(_watch_time, rt, live, idle)
             tg.start_soon(_note_text, rt, live)
-            tg.start_soon(send, turn)
-            await _listen(rt, live, conversation, Redelivery(turn.uuid), partial(send, go_on))
+            tg.start_soon(conversation.send, turn)
+            await _listen(rt, live, conversation, Redelivery(turn.uuid), partial(conversation.send, go_on))
             tg.cancel_scope.cancel()
 
 

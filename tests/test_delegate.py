@@ -496,6 +496,7 @@ async def test_a_budget_used_up_while_a_run_waits(runtime: OpenRuntime, model: M
     ]
     async with runtime(limits__max_processes=1) as rt:
         parent_id = await submit(rt, Task(agent="helper", prompt="parent", budget_usd=0.3))
+        await model.wait_for("parent")  # nothing more is heard of it: it is not what finds the budget used up
         first = await submit(rt, Task(agent="helper", prompt="spend", parent_id=parent_id))
         await model.wait_for("spend")
         second = await submit(rt, Task(agent="helper", prompt="too late", parent_id=parent_id))

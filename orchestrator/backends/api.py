@@ -125,6 +125,9 @@ class ApiConversation:
     def stderr_tail(self) -> str:
         return ""
 
+    async def prepare(self, turn: Turn) -> None:
+        """Nothing has to be told before the prompt."""
+
     async def send(self, turn: Turn) -> None:
         """Start the request. What else a turn brings is for tools, which there are none of.
 

@@ -167,10 +167,23 @@ class Store:
     # -- runs ---------------------------------------------------------------------------------------------
 
     async def create_run(self, run: Run) -> None:
+        """Store a new run. One that goes on with a session takes it in the same transaction.
+
+        Raises SessionBusyError, and stores nothing, while another run holds the session.
+        """
         columns = run.columns(self.redact)
         names = ", ".join(columns)
         marks = ", ".join(f":{name}" for name in columns)
-        await self._db.write((f"INSERT INTO runs ({names}) VALUES ({marks})", columns))
+        if run.session_mode != "continue" or run.session_id is None:
+            await self._db.write((f"INSERT INTO runs ({names}) VALUES ({marks})", columns))
+            return
+        taken = "EXISTS (SELECT 1 FROM sessions WHERE id = :session_id AND locked_by = :id)"
+        counts = await self._db.write(
+            _hold_session(run.session_id, run.id),
+            (f"INSERT INTO runs ({names}) SELECT {marks} WHERE {taken}", columns),
+        )
+        if not counts[1]:
+            raise await self._busy(run.session_id)
 
     async def delete_run(self, run_id: str) -> None:
         """Remove the row of a run that was refused before it began."""
@@ -300,22 +313,20 @@ class Store:
 
     async def hold_session(self, session_id: str, run_id: str) -> None:
         """Take the session for a run. Raises SessionBusyError while another run holds it."""
-        [taken] = await self._db.write(
-            (
-                "UPDATE sessions SET locked_by = :run WHERE id = :id AND (locked_by IS NULL OR locked_by = :run)",
-                {"id": session_id, "run": run_id},
-            )
-        )
+        [taken] = await self._db.write(_hold_session(session_id, run_id))
         if not taken:
-            holder = (await self.session(session_id)).locked_by
-            raise SessionBusyError(
-                f"session {session_id} is in use by run {holder}",
-                details={"session_id": session_id, "run_id": holder},
-            )
+            raise await self._busy(session_id)
+
+    async def _busy(self, session_id: str) -> SessionBusyError:
+        holder = (await self.session(session_id)).locked_by
+        return SessionBusyError(
+            f"session {session_id} is in use by run {holder}",
+            details={"session_id": session_id, "run_id": holder},
+        )
 
     async def count_turn(self, session_id: str, run_id: str) -> None:
         sql = "UPDATE sessions SET turns = turns + 1, last_run_id = :run, updated_us = :now WHERE id = :id"
-        await self._db.write((sql, {"id": session_id, "run": run_id, "now": now_us()}))
+        await self._db.write_soon((sql, {"id": session_id, "run": run_id, "now": now_us()}))
 
     async def forget_session(self, session_id: str) -> None:
         """Remove a session that never came to be (its first run ended before the CLI wrote a transcript)."""
@@ -379,6 +390,11 @@ _FILTERS = {
 def _update(run_id: str, fields: dict[str, Any]) -> Statement:
     sets = ", ".join(f"{name} = :{name}" for name in fields)
     return f"UPDATE runs SET {sets} WHERE id = :run_id AND ended_us IS NULL", {**fields, "run_id": run_id}
+
+
+def _hold_session(session_id: str, run_id: str) -> Statement:
+    sql = "UPDATE sessions SET locked_by = :run WHERE id = :id AND (locked_by IS NULL OR locked_by = :run)"
+    return sql, {"id": session_id, "run": run_id}
 
 
 def _insert_session(session: SessionRow) -> Statement:

@@ -51,6 +51,9 @@ class FakeConversation:
     def stderr_tail(self) -> str:
         return ""
 
+    async def prepare(self, turn: "Turn") -> None:  # noqa: ARG002  # as the protocol has it
+        await anyio.lowlevel.checkpoint()
+
     async def send(self, turn: "Turn") -> None:
         await anyio.lowlevel.checkpoint()
         if self._error is not None:
