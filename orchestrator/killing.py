@@ -106,7 +106,9 @@ def _sending(process: Process, number: signal.Signals) -> Callable[[], Awaitable
         with suppress(OSError):
             if number == signal.SIGKILL and os.getpgid(process.pid) == process.pid:
                 os.killpg(process.pid, number)  # also those of the group whose parent has gone
-            process.send_signal(number)
+            # Not ``process.send_signal``: it may reap a process that has just died, and its exit code is lost then.
+            elif process.returncode is None:
+                os.kill(process.pid, number)
 
     return send
 

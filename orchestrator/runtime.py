@@ -218,8 +218,10 @@ class Runtime:
         )
 
     def _binary(self) -> Path:
-        # Looking everywhere takes as long as all else a run needs: only again when what was found is gone.
-        if self._found is None or not os.access(self._found, os.X_OK):
+        # Looking everywhere takes as long as all else a run needs: only again when what was found is gone, or the
+        # configured path leads elsewhere.
+        moved = self.config.claude_path not in (None, self._found)
+        if self._found is None or moved or not os.access(self._found, os.X_OK):
             self._found = find_binary(self.config.claude_path, self.environ, self.home).path
         assert self._found is not None
         return self._found

@@ -279,7 +279,7 @@ async def test_a_session_under_another_home(runtime: OpenRuntime, model: ModelSe
 
 async def test_a_transcript_that_was_deleted(rt: Runtime, model: ModelServer, tmp_path: Path) -> None:
     first = await one_session(rt, model)
-    [transcript] = (tmp_path / "home").rglob(f"{first.session_id}.jsonl")
+    [transcript] = (tmp_path / "home" / ".claude" / "projects").rglob(f"{first.session_id}.jsonl")
     transcript.unlink()
     outcome = await delegate(rt, Task(agent="helper", prompt="x", session=first.session_id))
     assert (outcome.status, (outcome.error or {})["code"]) == ("failed", "session_not_found")
