@@ -31,6 +31,8 @@ from tests.conftest import settings
 
 OpenRuntime = Callable[..., AbstractAsyncContextManager[Runtime]]
 
+INSTANCE_COLUMNS = "(id, kind, host, pid, pid_created, started_us, alive_us, ended_us)"
+
 
 def carriers(run_id: str) -> list[psutil.Process]:
     """Processes that belong to a run. Those that only wait for their parent's notice have no environment left."""
@@ -455,7 +457,11 @@ async def test_a_run_whose_owner_fell_silent_on_another_host_ends_while_it_is_wa
     await rt.store.create_run(far)
     params = {"alive": now_us() - 180_000_000}
     await rt.store._db.write(
-        ("INSERT INTO instances VALUES ('far', 'serve', 'another-host', 1, 0, 1, :alive, NULL)", params),
+        (
+            f"INSERT INTO instances {INSTANCE_COLUMNS}"
+            " VALUES ('far', 'serve', 'another-host', 1, 0, 1, :alive, NULL)",
+            params,
+        ),
         ("UPDATE instances SET alive_us = 1 WHERE id != 'far'", {}),
     )
     with anyio.fail_after(40):

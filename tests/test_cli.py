@@ -19,6 +19,8 @@ from tests.conftest import bundled_cli, write_agent
 
 ROOT = Path(__file__).parent.parent
 
+INSTANCE_COLUMNS = "(id, kind, host, pid, pid_created, started_us, alive_us, ended_us)"
+
 
 class Shell:
     """Runs ``orchestrator`` in a project of its own, with nothing of this machine's environment."""
@@ -394,7 +396,8 @@ def test_runs_cancel_ends_a_run_whose_host_is_gone(shell: Shell, silent_us: int,
             (run_id, "b" * 32, run_id),
         )
         store.execute(
-            "INSERT INTO instances VALUES ('far', 'serve', 'another-host', 1, 0, 1, ?, NULL)", (now - silent_us,)
+            f"INSERT INTO instances {INSTANCE_COLUMNS} VALUES ('far', 'serve', 'another-host', 1, 0, 1, ?, NULL)",
+            (now - silent_us,),
         )
     store.close()
     assert shell.run("runs", "cancel", run_id, code=code).stdout == f"run {run_id} {status}\n"

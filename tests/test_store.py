@@ -25,6 +25,8 @@ from orchestrator.tracing import new_run_id, new_trace_id
 
 ROOT = Path(__file__).parent.parent
 
+INSTANCE_COLUMNS = "(id, kind, host, pid, pid_created, started_us, alive_us, ended_us)"
+
 
 @pytest.fixture
 def path(tmp_path: Path) -> Path:
@@ -839,7 +841,8 @@ async def test_a_reused_pid_does_not_keep_runs_alive(path: Path) -> None:
         gone = await created(store, instance_id="gone")
         await store._db.write(
             (
-                "INSERT INTO instances SELECT 'gone', kind, host, pid, pid_created - 500, 1, alive_us, NULL"
+                f"INSERT INTO instances {INSTANCE_COLUMNS}"
+                " SELECT 'gone', kind, host, pid, pid_created - 500, 1, alive_us, NULL"
                 " FROM instances",
                 {},
             )
@@ -856,7 +859,11 @@ async def an_instance_elsewhere(store: Store, *, silent_us: int, now: int | None
     await store.begin_session(a_session("s-far", locked_by=far.id))
     alive = (now or now_us()) - silent_us
     await store._db.write(
-        ("INSERT INTO instances VALUES ('far', 'serve', 'another-host', 1, 0, 1, :alive, NULL)", {"alive": alive}),
+        (
+            f"INSERT INTO instances {INSTANCE_COLUMNS}"
+            " VALUES ('far', 'serve', 'another-host', 1, 0, 1, :alive, NULL)",
+            {"alive": alive},
+        ),
     )
     return far.id
 
@@ -951,3 +958,16 @@ async def test_an_instance_that_closed_leaves_nothing_running(path: Path) -> Non
         left = await created(closed)
     async with open_store(path) as store:
         assert [run.id for run in await store.interrupt_abandoned()] == [left.id]
+
+
+async def test_a_file_of_the_first_version_is_brought_up_to_date(path: Path) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    old = sqlite3.connect(path, isolation_level=None)
+    _, first = migrations()[0]
+    old.executescript(first)
+    old.execute("PRAGMA user_version = 1")
+    old.close()
+    async with open_store(path) as store:
+        run = await created(store)
+        await store.update_run(run.id, status="waiting", resume_at_us=5)
+        assert (await store.run(run.id)).resume_at_us == 5

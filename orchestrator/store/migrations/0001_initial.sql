@@ -7,7 +7,6 @@ CREATE TABLE instances (
     pid         INTEGER NOT NULL,
     pid_created REAL NOT NULL,              -- the process's own start time: a pid alone is used again
     started_us  INTEGER NOT NULL,
-    alive_us    INTEGER NOT NULL,           -- its last sign of life: on another host no process can be looked for
     ended_us    INTEGER
 );
 
@@ -49,9 +48,7 @@ CREATE TABLE runs (
     created_us       INTEGER NOT NULL,
     started_us       INTEGER,
     ended_us         INTEGER,
-    resume_at_us     INTEGER,               -- of a waiting run: when a usage limit of the provider ends
     cancel_requested INTEGER NOT NULL DEFAULT 0, -- asked for by another process; the owner acts on it
-    fallback         TEXT,                  -- JSON: the CLI's error, where the API answered in its place
     instance_id      TEXT NOT NULL
 );
 CREATE INDEX runs_by_parent ON runs (parent_id);
