@@ -99,7 +99,7 @@ async def _prepare(rt: Runtime, agent: Agent, task: Task, parent: Run | None, pr
         session_mode=mode,
         source_session_id=task.session if mode == "fork" else None,
         caller=task.caller,
-        budget_usd=budget.limit,
+        budget_usd=budget.usd,
         created_us=now_us(),
         instance_id=rt.store.instance_id,
     )

@@ -161,16 +161,6 @@ class Budget:
             self.parent.charge(runs=-1)
             self._counted = False
 
-    # The dollars alone, under the names they had when they were the only dimension.
-
-    @property
-    def limit(self) -> float | None:
-        return self.usd
-
-    @property
-    def remaining(self) -> float | None:
-        return self.left.usd
-
 
 def _left(budget: Budget) -> Limits:
     rests = {

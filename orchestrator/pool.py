@@ -8,7 +8,6 @@ task reads what it says, so that its death is noticed at once and nothing it say
 import hashlib
 import logging
 import math
-import secrets
 import uuid
 from collections.abc import AsyncIterator, Callable, Collection, Iterable, Mapping
 from contextlib import AbstractAsyncContextManager, asynccontextmanager
@@ -24,8 +23,8 @@ from orchestrator.events import PoolEvent
 from orchestrator.killing import INSTANCE_ID_ENV, PROCESS_ID_ENV
 from orchestrator.memory import measure
 from orchestrator.pool_state import Assign, End, PoolState, Request, Start, Worker
-from orchestrator.redaction import RUN_TOKEN_PREFIX
 from orchestrator.scheduling import lower, restore
+from orchestrator.tokens import TOKEN_ENV, Tokens
 
 log = logging.getLogger(__name__)
 
@@ -35,48 +34,8 @@ TEND_SECONDS = 2.0
 MEASURE_SECONDS = 10.0
 #: How long a process that is to be kept warm may take to answer for the first time.
 START_SECONDS = 60.0
-TOKEN_ENV = "ORCHESTRATOR_RUN_TOKEN"  # noqa: S105  # the variable's name, not a token
 #: Fields of a Spec that a process can be given, or told, after it has started.
 _PER_RUN = ("session_id", "session_mode", "source_session_id", "model", "permission_mode")
-
-
-class Tokens:
-    """Bearer tokens of CLI processes: for which run does the one that calls work now? Only hashes are kept."""
-
-    def __init__(self) -> None:
-        self._processes: dict[str, str] = {}
-        self._runs: dict[str, str] = {}
-
-    def __len__(self) -> int:
-        return len(self._processes)
-
-    def issue(self, process_id: str) -> str:
-        token = RUN_TOKEN_PREFIX + secrets.token_urlsafe(32)
-        self._processes[_digest(token)] = process_id
-        return token
-
-    def assign(self, process_id: str, run_id: str | None) -> None:
-        """The process works for the run from now on, or for none."""
-        if run_id is None:
-            self._runs.pop(process_id, None)
-        else:
-            self._runs[process_id] = run_id
-
-    def run_of(self, token: str) -> str | None:
-        """The run whose process presents the token; None for a process that works for none."""
-        return self._runs.get(self._processes.get(_digest(token), ""))
-
-    def knows(self, token: str) -> bool:
-        """Whether a living process was given the token."""
-        return _digest(token) in self._processes
-
-    def revoke(self, process_id: str) -> None:
-        self._processes = {digest: of for digest, of in self._processes.items() if of != process_id}
-        self._runs.pop(process_id, None)
-
-
-def _digest(token: str) -> str:
-    return hashlib.sha256(token.encode()).hexdigest()
 
 
 class OpenProcess(Protocol):
@@ -139,19 +98,6 @@ class Lease:
     def session_id(self) -> str:
         """The session the process holds, or begins with its first turn."""
         return self._kept.spec.session_id
-
-    @property
-    def cold(self) -> bool:
-        """Whether the process was started for this run."""
-        return self._kept.cold
-
-    @property
-    def process_id(self) -> str:
-        return self._kept.process_id
-
-    @property
-    def pid(self) -> int | None:
-        return self._kept.pid
 
     def take(self) -> str:
         """Use the process: its session is this run's from now on, whatever becomes of the run."""

@@ -325,10 +325,6 @@ class PoolState:
             actions += self._refill(now)
         return actions
 
-    def next_expiry(self) -> float | None:
-        """When the next spare process expires."""
-        return min((worker.since + self._ttl(worker) for worker in self.spare), default=None)
-
     def _ttl(self, worker: Worker) -> float:
         return self.limits.idle_s if worker.phase == "idle" else self.limits.session_idle_s
 

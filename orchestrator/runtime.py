@@ -37,7 +37,7 @@ from orchestrator.logs import redact_logs
 from orchestrator.messages import RateLimitEvent
 from orchestrator.outcome import Outcome
 from orchestrator.parking import ReachedLimits, Waits, account_of
-from orchestrator.pool import OpenProcess, Pool, Tokens
+from orchestrator.pool import OpenProcess, Pool
 from orchestrator.pool_state import PoolLimits, PoolState
 from orchestrator.process import connect_process
 from orchestrator.progress import Progress
@@ -47,6 +47,7 @@ from orchestrator.retries import Retry
 from orchestrator.store import InstanceKind, Run, Store, open_store
 from orchestrator.streams import Broadcast
 from orchestrator.telemetry import Exporter, open_exporter
+from orchestrator.tokens import Tokens
 
 log = logging.getLogger(__name__)
 

@@ -11,12 +11,12 @@ from orchestrator.config import ClaudeConfig
 from orchestrator.conversation import McpEndpoint, SessionMode, Spec
 from orchestrator.errors import AgentError
 from orchestrator.killing import RUN_ID_ENV
-from orchestrator.pool import TOKEN_ENV
 from orchestrator.runtime import LiveRun, Runtime
 from orchestrator.sandbox import run_settings, setting_sources
 from orchestrator.store import Run
 from orchestrator.task import Task
 from orchestrator.telemetry import cli_environment
+from orchestrator.tokens import TOKEN_ENV
 from orchestrator.tracing import SpanContext
 
 HEADERS_ENV = "ANTHROPIC_CUSTOM_HEADERS"

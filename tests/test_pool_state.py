@@ -239,7 +239,6 @@ def test_spare_processes_expire() -> None:
     first = given(pool, run("r1"))
     assert first is not None
     served(pool, first, 1)
-    assert pool.next_expiry() == 11
     assert pool.decide(10.9) == []
     assert kinds(pool.decide(11)) == ["End:expired"]
 
