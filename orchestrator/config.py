@@ -200,9 +200,13 @@ class Config(_Section):
     def origin(self) -> Mapping[str, str]:
         return self._origin
 
-    def resolve(self, path: Path) -> Path:
+    def absolute(self, path: Path) -> Path:
         """``path`` seen from the project directory, with ``~`` expanded."""
-        return (self.project_dir / path.expanduser()).resolve()
+        return self.project_dir / path.expanduser()
+
+    def resolve(self, path: Path) -> Path:
+        """The same with links followed."""
+        return self.absolute(path).resolve()
 
     @property
     def data_path(self) -> Path:

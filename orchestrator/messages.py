@@ -20,6 +20,7 @@ from pydantic import (
     ValidatorFunctionWrapHandler,
     WrapValidator,
 )
+from pydantic_core import from_json
 
 from orchestrator.content import (
     Block,
@@ -173,8 +174,10 @@ def parse_message(line: bytes | str) -> Message:
     Bytes that are no UTF-8 and halves of surrogate pairs become U+FFFD, so that whatever is kept of the
     message can be encoded again. Raises ValueError if the line is not one JSON object.
     """
-    text = line.decode("utf-8", "replace") if isinstance(line, bytes) else _SURROGATE.sub("\ufffd", line)
-    value = _load(text)
+    try:
+        value = from_json(line, allow_inf_nan=False, cache_strings="keys")
+    except (ValueError, TypeError):  # TypeError: text with half of a surrogate pair
+        value = _load(line)
     if not isinstance(value, dict):
         raise ValueError(f"expected a JSON object, got {type(value).__name__}")  # noqa: TRY004 - bad data, no bug
     return _ADAPTER.validate_python(value)
@@ -188,7 +191,12 @@ _ESCAPE = re.compile(
 _SURROGATE = re.compile("[\ud800-\udfff]")
 
 
-def _load(text: str) -> Any:
+def _load(line: bytes | str) -> Any:
+    """What the fast parser refuses and can be read: bad UTF-8, halves of surrogate pairs, deep nesting.
+
+    Raises ValueError for what is no JSON.
+    """
+    text = line.decode("utf-8", "replace") if isinstance(line, bytes) else _SURROGATE.sub("\ufffd", line)
     if "\\ud" in text or "\\uD" in text:
         text = _ESCAPE.sub(lambda escape: "\\ufffd" if escape[1] else escape[0], text)
     try:

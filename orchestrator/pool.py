@@ -355,9 +355,9 @@ class Pool:
                 self._prioritise(kept)
                 while worker.phase != "ending":
                     if kept.borrowed:
+                        kept.handed.set()  # first: the run has the time of a commit to itself, before it asks
                         worker.refill = False
                         self._prioritise(kept)
-                        kept.handed.set()
                         await kept.returned.wait()
                     else:
                         await self._idle(kept)
@@ -495,9 +495,11 @@ def _facts(worker: Worker) -> dict[str, Any]:
 
 
 def _plain(value: Any) -> Any:
-    """Equal for equal values, whatever the order of mappings."""
+    """Of one representation for equal values, whatever the order of mappings."""
+    if isinstance(value, str):
+        return value
     if isinstance(value, Mapping):
-        return sorted((str(key), _plain(each)) for key, each in value.items())
+        return sorted((repr(key), _plain(each)) for key, each in value.items())
     if isinstance(value, tuple | list):
         return [_plain(each) for each in value]
-    return repr(value)
+    return repr(value),  # a tuple: the text "1" is not the number

@@ -64,8 +64,10 @@ class Redactor:
         return value if redacted == written else json.loads(redacted)
 
     def _known_in(self, text: str) -> "list[_Secret | _Kind]":
-        known: list[_Secret | _Kind] = [*self._secrets.values(), *_KINDS]
-        return [each for each in known if each.may_be_in(text)]
+        # All that is written comes through here: which rare characters are in it decides about most shapes at once.
+        rare = [char for char in _RARE if char in text]
+        kinds = [kind for char in rare for kind in _RARE[char] if kind.may_be_in(text)]
+        return [*(secret for secret in self._secrets.values() if secret.may_be_in(text)), *kinds]
 
 
 def is_credential(name: str) -> bool:
@@ -136,13 +138,13 @@ class _Kind:
     """
 
     def __init__(self, sign: str, *shapes: str) -> None:
-        self._rare = sign[0]
+        self.rare = sign[0]
         self._sign = re.compile(sign)
         # A match takes in the rest of its word, so that what is left cannot be taken for a key the next time.
         self._shapes = [re.compile(rf"(?:{shape})[\w-]*+", re.ASCII) for shape in shapes]
 
     def may_be_in(self, text: str) -> bool:
-        return self._rare in text and self._sign.search(text) is not None
+        return self.rare in text and self._sign.search(text) is not None
 
     def replaced(self, text: str, **_: bool) -> str:
         for shape in self._shapes:
@@ -223,6 +225,7 @@ _KINDS = (
     _Kind(r"b(?=earer)", rf"(?P<keep>bearer{_BLANK}){_RANDOM}"),
     _Kind(r"B(?=earer|EARER)", rf"(?P<keep>B(?:earer|EARER){_BLANK}){_RANDOM}"),
 )
+_RARE = {kind.rare: [each for each in _KINDS if each.rare == kind.rare] for kind in _KINDS}
 
 # Strings one by one, so that no depth of nesting is too much; the value of such a header is a secret of any shape.
 _JSON_STRING = re.compile(

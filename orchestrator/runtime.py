@@ -221,11 +221,18 @@ class Runtime:
     def _binary(self) -> Path:
         # Looking everywhere takes as long as all else a run needs: only again when what was found is gone, or the
         # configured path leads elsewhere.
-        moved = self.config.claude_path not in (None, self._found)
-        if self._found is None or moved or not os.access(self._found, os.X_OK):
+        if self._found is None or self._moved(self._found) or not os.access(self._found, os.X_OK):
             self._found = find_binary(self.config.claude_path, self.environ, self.home).path
         assert self._found is not None
         return self._found
+
+    def _moved(self, found: Path) -> bool:
+        if self.config.claude.path is None:
+            return False
+        try:
+            return not os.path.samefile(self.config.absolute(self.config.claude.path), found)  # noqa: PTH121  # quicker
+        except OSError:
+            return True
 
     def fingerprint(self, spec: Spec) -> str:
         """The state of the files a process of the spec reads when it starts."""

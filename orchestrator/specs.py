@@ -88,7 +88,8 @@ def _setting_sources(rt: Runtime, row: Run) -> tuple[str, ...]:
     sources = rt.config.claude.setting_sources
     cwd = Path(row.cwd)  # its links were followed at admission
     trusted = (Path(row.project), *map(rt.config.resolve, rt.config.claude.trusted_dirs))
-    if any(cwd.is_relative_to(directory.resolve()) for directory in trusted):
+    # Of a path without links its beginnings have none either: most need not be followed to be compared.
+    if any(cwd.is_relative_to(each) or cwd.is_relative_to(each.resolve()) for each in trusted):
         return sources
     return tuple(source for source in sources if source not in ("project", "local"))
 

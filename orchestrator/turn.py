@@ -53,9 +53,9 @@ async def _converse(rt: Runtime, live: LiveRun, task: Task, conversation: Conver
     go_on = replace(turn, prompt=CONTINUE_PROMPT, uuid=continue_uuid(live.row.id, live.waits.parks))
     with unwrapped():
         async with anyio.create_task_group() as tg:
+            tg.start_soon(conversation.send, turn)
             tg.start_soon(_watch_time, rt, live, idle)
             tg.start_soon(_note_text, rt, live)
-            tg.start_soon(conversation.send, turn)
             await _listen(rt, live, conversation, Redelivery(turn.uuid), partial(conversation.send, go_on))
             tg.cancel_scope.cancel()
 

@@ -20,7 +20,8 @@ from hypothesis import strategies as st
 
 from orchestrator.errors import RunNotFoundError, SessionBusyError, SessionNotFoundError
 from orchestrator.store import Run, SessionRow, Store, StoreError, now_us, open_store
-from orchestrator.store.database import BATCH_SECONDS, migrations, open_sqlite, sql_statements
+from orchestrator.store.database import migrations, open_sqlite, sql_statements
+from orchestrator.store.writer import BATCH_SECONDS
 from orchestrator.tracing import new_run_id, new_trace_id
 
 ROOT = Path(__file__).parent.parent

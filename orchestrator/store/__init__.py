@@ -15,9 +15,10 @@ from orchestrator.errors import RunInterruptedError, RunNotFoundError, SessionBu
 from orchestrator.limits import Budget, Limits, Spent
 from orchestrator.outcome import ENDED
 from orchestrator.redaction import Redactor
-from orchestrator.store.database import Database, Statement, StoreError, open_sqlite
+from orchestrator.store.database import Database, StoreError, open_sqlite
 from orchestrator.store.liveness import Liveness, started
 from orchestrator.store.rows import Run, RunFilters, SessionRow, StoredMessage, to_columns, to_json
+from orchestrator.store.writer import Statement
 
 __all__ = [
     "ENDED",

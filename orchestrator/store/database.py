@@ -1,43 +1,29 @@
 """The database seam: run, one, all and a single writer; here over SQLite.
 
-All writes go through one task. It takes what has queued up, executes it in one transaction and only then tells
-those who wait: a state change that was acknowledged is on disk, and a thousand small writes cost one commit.
-Messages of a run are written without waiting (``write_soon``) in batches of at most 100 ms or 200 rows.
+All writes go through one thread (``store.writer``): a state change that was acknowledged is on disk, and a thousand
+small writes cost one commit.
 """
 
-import logging
 import random
 import sqlite3
 import threading
 import time
-from collections.abc import AsyncIterator, Mapping, Sequence
-from contextlib import AsyncExitStack, asynccontextmanager, suppress
-from dataclasses import dataclass, field
+from collections.abc import AsyncIterator
+from contextlib import AsyncExitStack, asynccontextmanager
 from importlib.resources import files
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Protocol
 
 import aiosqlite
 import anyio
-from anyio.streams.memory import MemoryObjectReceiveStream, MemoryObjectSendStream
 
 from orchestrator.errors import OrchestratorError
-from orchestrator.groups import unwrapped
+from orchestrator.store.writer import Params, Row, Statement, Write, Writer, open_writer, roll_back
 
-log = logging.getLogger(__name__)
-
-BATCH_ROWS = 200
-BATCH_SECONDS = 0.1
-# Rows that may wait to be written before readers of CLI output are slowed down.
-QUEUE_ROWS = 2000
 BUSY_SECONDS = 10
 OPEN_ADVICE = (
     "Let `store.path` name a new file, or one this program made, in a directory that can be written and has room."
 )
-
-Params = Mapping[str, Any]
-Row = Mapping[str, Any]
-Statement = tuple[str, Params]
 
 
 class StoreError(OrchestratorError):
@@ -67,20 +53,12 @@ class Database(Protocol):
         ...
 
 
-@dataclass(slots=True)
-class _Write:
-    statements: Sequence[Statement]
-    done: anyio.Event | None = None
-    counts: list[int] = field(default_factory=list)
-    error: Exception | None = None
-
-
 class SQLite:
-    """A SQLite file in WAL mode: one connection reads, one task writes."""
+    """A SQLite file in WAL mode: one connection reads, one thread writes."""
 
-    def __init__(self, reader: aiosqlite.Connection, queue: MemoryObjectSendStream[_Write]) -> None:
+    def __init__(self, reader: aiosqlite.Connection, writer: Writer) -> None:
         self._reader = reader
-        self._queue = queue
+        self._writer = writer
 
     async def one(self, sql: str, params: Params | None = None) -> Row | None:
         rows = await self.all(sql, params)
@@ -95,25 +73,21 @@ class SQLite:
             raise StoreError(f"the store could not be read: {error}") from error
 
     async def write(self, *statements: Statement) -> list[int]:
-        item = _Write(statements, done=anyio.Event())
+        item = Write(statements, done=anyio.Event())
         assert item.done is not None
-        await self._enqueue(item)
+        await self._put(item)
         await item.done.wait()
         if item.error is not None:
             raise StoreError(f"the store could not be written: {item.error}") from item.error
         return item.counts
 
     async def write_soon(self, *statements: Statement) -> None:
-        await self._enqueue(_Write(statements))
+        await self._put(Write(statements))
 
-    async def _enqueue(self, item: _Write) -> None:
+    async def _put(self, item: Write) -> None:
         try:
-            try:
-                # ``send`` would look for a cancellation first, and drop what has been received and counted already.
-                self._queue.send_nowait(item)
-            except anyio.WouldBlock:
-                await self._queue.send(item)
-        except (anyio.ClosedResourceError, anyio.BrokenResourceError):
+            await self._writer.put(item)
+        except anyio.ClosedResourceError:
             raise StoreError("the store is closed", advice="Use the store inside its `async with` block.") from None
 
 
@@ -127,28 +101,22 @@ async def open_sqlite(path: Path) -> AsyncIterator[SQLite]:
         try:
             path.parent.mkdir(parents=True, exist_ok=True, mode=0o700)
             writer = await stack.enter_async_context(_writer(path))
-            await anyio.to_thread.run_sync(_migrate, writer, path)
             reader = await stack.enter_async_context(_connection(path))
         except (OSError, sqlite3.Error) as error:
             raise StoreError(f"cannot open the store {path}: {error}", advice=OPEN_ADVICE) from error
-        send, receive = anyio.create_memory_object_stream[_Write](QUEUE_ROWS)
-        with unwrapped():
-            async with anyio.create_task_group() as tg:
-                tg.start_soon(_write_all, writer, receive)
-                try:
-                    yield SQLite(reader, send)
-                finally:
-                    send.close()  # the writer ends by itself once the queue is empty
+        yield SQLite(reader, writer)
 
 
 @asynccontextmanager
-async def _writer(path: Path) -> AsyncIterator[sqlite3.Connection]:
-    """The connection that writes, used by one thread at a time."""
+async def _writer(path: Path) -> AsyncIterator[Writer]:
+    """The thread that writes, and its connection, brought to the newest schema."""
     connection = await anyio.to_thread.run_sync(_connect, path)
     try:
         await anyio.to_thread.run_sync(_write_ahead, connection)
         path.chmod(0o600)  # prompts and answers are private
-        yield connection
+        await anyio.to_thread.run_sync(_migrate, connection, path)
+        async with open_writer(connection) as writer:
+            yield writer
     finally:
         with anyio.CancelScope(shield=True):
             await anyio.to_thread.run_sync(connection.close)
@@ -213,7 +181,7 @@ def _migrate(connection: sqlite3.Connection, path: Path) -> None:
                     connection.execute(statement)
         connection.execute(f"PRAGMA user_version={newest}")
     except BaseException:
-        _roll_back(connection)
+        roll_back(connection)
         raise
     connection.execute("COMMIT")
 
@@ -222,73 +190,3 @@ def sql_statements(script: str) -> list[str]:
     """The statements of a migration, without comments. (executescript would commit our transaction.)"""
     lines = [line.split("--")[0] for line in script.splitlines()]
     return [s.strip() for s in "\n".join(lines).split(";") if s.strip()]
-
-
-async def _write_all(connection: sqlite3.Connection, queue: MemoryObjectReceiveStream[_Write]) -> None:
-    # Shielded: what was queued is written even when everything around is being cancelled.
-    with anyio.CancelScope(shield=True):
-        async with queue:
-            async for first in queue:
-                batch = await _batch(first, queue)
-                # A batch goes to the thread at once: a hop for each statement cost more than the statements.
-                await anyio.to_thread.run_sync(_commit, connection, batch)
-                for item in batch:
-                    if item.done is not None:
-                        item.done.set()
-
-
-async def _batch(first: _Write, queue: MemoryObjectReceiveStream[_Write]) -> list[_Write]:
-    batch = [first]
-    with anyio.move_on_after(BATCH_SECONDS):
-        while len(batch) < BATCH_ROWS:
-            try:
-                batch.append(queue.receive_nowait())
-            except (anyio.WouldBlock, anyio.EndOfStream):
-                if any(item.done for item in batch):
-                    break
-                try:
-                    batch.append(await queue.receive())
-                except anyio.EndOfStream:
-                    break
-    return batch
-
-
-def _commit(connection: sqlite3.Connection, batch: list[_Write]) -> None:
-    """Write the batch. Never raises: a writer that died would leave everyone waiting."""
-    try:
-        connection.execute("BEGIN IMMEDIATE")
-        for item in batch:
-            _execute(connection, item)
-        connection.execute("COMMIT")
-    except Exception as error:  # noqa: BLE001  # whatever it is, it is handed to those who wait
-        _roll_back(connection)
-        if len(batch) > 1 and getattr(error, "sqlite_errorname", "") != "SQLITE_BUSY":
-            # One by one: on a nearly full disk a huge message must not take the end of a run along.
-            for item in batch:
-                item.counts, item.error = [], None
-                _commit(connection, [item])
-            return
-        log.error("store: %d writes failed: %s", len(batch), error)  # noqa: TRY400  # whoever waits gets the traceback
-        for item in batch:
-            item.error = error
-
-
-def _execute(connection: sqlite3.Connection, item: _Write) -> None:
-    # A savepoint each: one refused write (a key that exists) must not take its neighbours along.
-    connection.execute("SAVEPOINT item")
-    try:
-        for sql, params in item.statements:
-            item.counts.append(connection.execute(sql, params).rowcount)
-    except (sqlite3.Error, ValueError, OverflowError) as error:  # ValueError: text that is not Unicode
-        if not connection.in_transaction:
-            raise  # SQLite gave up the whole transaction, as it may when the disk is full
-        item.error = error
-        log.warning("store: refused: %s", error)
-        connection.execute("ROLLBACK TO item")
-    connection.execute("RELEASE item")
-
-
-def _roll_back(connection: sqlite3.Connection) -> None:
-    if connection.in_transaction:
-        with suppress(sqlite3.Error):
-            connection.execute("ROLLBACK")
