@@ -2,6 +2,7 @@
 
 import secrets
 import socket
+import time
 from collections.abc import AsyncIterator, Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, asynccontextmanager, contextmanager, nullcontext
 from dataclasses import dataclass
@@ -27,7 +28,7 @@ from mcp_tools.tools import build_server
 from orchestrator import __version__
 from orchestrator.errors import ServerUnavailableError
 from orchestrator.groups import unwrapped
-from orchestrator.pool_report import pool_report
+from orchestrator.pool_report import pool_report, provider_report
 from orchestrator.runtime import Runtime
 
 MCP_PATH = "/mcp"
@@ -106,7 +107,13 @@ def http_app(
 
 
 def _pool_report(rt: Runtime) -> dict[str, Any]:
-    return pool_report(rt.pool.state, rt.pool.pids, anyio.current_time(), max_queue=rt.config.limits.max_queue)
+    now = anyio.current_time()
+    provider = provider_report(
+        rt.breaker.get_stats(now),
+        rt.reached.of(rt.account, time.time()),
+        parked=sum(live.row.status == "waiting" for live in rt.live.values()),
+    )
+    return pool_report(rt.pool.state, rt.pool.pids, now, max_queue=rt.config.limits.max_queue, provider=provider)
 
 
 class Guard:

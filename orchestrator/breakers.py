@@ -93,11 +93,17 @@ class Breaker:
 
     A probe holds a lease. It ends when anything is reported on its permit, or by itself after ``probe_lease_s``, so
     a probe that was cancelled or lost cannot keep the breaker half open for ever.
+
+    ``on_change`` is called with every new state, after it has been entered; it must not raise.
     """
 
-    def __init__(self, config: BreakerConfig | None = None, name: str = "") -> None:
+    def __init__(
+        self, config: BreakerConfig | None = None, name: str = "", on_change: Callable[[State], None] | None = None
+    ) -> None:
         self.config = config or BreakerConfig()
         self.name = name
+        self._on_change = on_change
+        self._state: State = "closed"
         self._generation = 0
         self._allowed = self._refused = self._opened = 0
         self._reason: str | None = None
@@ -265,10 +271,12 @@ class Breaker:
         self._enter("open")
 
     def _enter(self, state: State) -> None:
-        self._state: State = state
+        changed, self._state = state != self._state, state
         self._generation += 1
         self._failures = self._successes = 0
         self._probes = []
+        if changed and self._on_change is not None:
+            self._on_change(state)
 
     def _error(self, wait: float) -> CircuitOpenError:
         why = f": {self._reason}" if self._reason else ""

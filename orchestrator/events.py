@@ -14,7 +14,8 @@ PoolEvent = Literal["pool.waiting", "pool.started", "pool.assigned", "pool.retir
 RunEvent = Literal[
     "run.created", "run.started", "run.activity", "run.retried", "run.parked", "run.resumed", "run.ended"
 ]
-EventType = RunEvent | Literal["agents.changed", "plan.step"] | PoolEvent
+BreakerEvent = Literal["breaker.open", "breaker.half_open", "breaker.closed"]
+EventType = RunEvent | Literal["agents.changed", "plan.step"] | PoolEvent | BreakerEvent
 
 
 @dataclass(frozen=True, slots=True)

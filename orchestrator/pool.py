@@ -502,4 +502,4 @@ def _plain(value: Any) -> Any:
         return sorted((repr(key), _plain(each)) for key, each in value.items())
     if isinstance(value, tuple | list):
         return [_plain(each) for each in value]
-    return repr(value),  # a tuple: the text "1" is not the number
+    return (repr(value),)  # a tuple: the text "1" is not the number

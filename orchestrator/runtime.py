@@ -8,7 +8,7 @@ import logging
 import os
 from collections.abc import AsyncIterator, Callable, Mapping
 from contextlib import AbstractAsyncContextManager, asynccontextmanager, suppress
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from functools import cached_property
 from pathlib import Path
 from typing import Any, Protocol
@@ -23,13 +23,13 @@ from orchestrator.backends import DIALECTS
 from orchestrator.backends.claude import environment
 from orchestrator.backends.claude_binary import find_binary
 from orchestrator.backends.claude_files import fingerprint
-from orchestrator.breakers import Breaker, Permit
+from orchestrator.breakers import Breaker, Permit, State
 from orchestrator.breakers import BreakerConfig as BreakerSettings
 from orchestrator.cgroups import cgroup_support
 from orchestrator.config import Config, load_config
 from orchestrator.conversation import Conversation, Dialect, Spec
 from orchestrator.errors import CLINotFoundError, ConfigError, OrchestratorError, RunCancelledError
-from orchestrator.events import Event, Events, EventType, PoolEvent
+from orchestrator.events import BreakerEvent, Event, Events, EventType, PoolEvent
 from orchestrator.groups import unwrapped
 from orchestrator.killing import reap, sweep
 from orchestrator.limits import Budget
@@ -120,6 +120,12 @@ class Door(Protocol):
     url: str
 
 
+_BREAKER_EVENTS: Mapping[State, BreakerEvent] = {
+    "closed": "breaker.closed",
+    "open": "breaker.open",
+    "half_open": "breaker.half_open",
+}
+
 OpenDoor = Callable[["Runtime"], AbstractAsyncContextManager[Door]]
 
 
@@ -166,7 +172,13 @@ class Runtime:
     @cached_property
     def breaker(self) -> Breaker:
         """Lets no run begin for a while when those before failed, one after the other."""
-        return Breaker(BreakerSettings(**self.config.breaker.model_dump()), f"claude/{self.account}")
+
+        def tell(state: State) -> None:
+            stats = self.breaker.get_stats(anyio.current_time())
+            log.warning("provider %s: circuit %s (%s)", stats.name, state.replace("_", " "), stats.reason)
+            self.emit(_BREAKER_EVENTS[state], None, **asdict(stats))
+
+        return Breaker(BreakerSettings(**self.config.breaker.model_dump()), f"claude/{self.account}", tell)
 
     @cached_property
     def limiter(self) -> Limiter:

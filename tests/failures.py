@@ -1,13 +1,14 @@
 """What the tests of failures share: what a caller decides from, and what must not be left behind."""
 
 import sys
-from collections.abc import Callable, Iterable
+from collections.abc import AsyncIterator, Callable, Iterable
 from contextlib import AbstractAsyncContextManager
 from pathlib import Path
 from typing import Any
 
 import anyio
 import psutil
+import pytest
 
 from orchestrator.delegation import delegate
 from orchestrator.killing import RUN_ID_ENV
@@ -52,6 +53,13 @@ async def nothing_is_left(name: str, value: str) -> None:
             return
         await anyio.sleep(0.05)
     raise AssertionError(f"left over: {carriers(name, value)}")
+
+
+@pytest.fixture(autouse=True)
+async def nothing_outlives_the_test(tmp_path: Path) -> AsyncIterator[None]:
+    """For modules that import it. Every CLI of the test, and all it started, has a HOME nobody else has."""
+    yield
+    await nothing_is_left("HOME", str(tmp_path / "home"))
 
 
 async def nothing_is_left_of(outcome: Outcome) -> None:

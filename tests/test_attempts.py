@@ -54,6 +54,23 @@ async def test_when_the_provider_works_again_runs_begin_again(runtime: Open, mod
         assert rt.breaker.get_stats(anyio.current_time()).state == "closed"
 
 
+async def test_watchers_are_told_when_no_run_may_begin_and_when_again(runtime: Open, model: ModelServer) -> None:
+    model.rules = [Rule(Reply(fault=Fault(status=529)), times=1), Rule("ok")]
+    async with runtime(
+        breaker__failure_threshold=1,
+        breaker__success_threshold=1,
+        breaker__reset_timeout_s=0.2,
+        claude__max_retries=0,
+    ) as rt:
+        with rt.events.watch() as watcher:
+            while (await run(rt)).status == "failed":
+                pass
+            told = [event for event in watcher.rest() if event.type.startswith("breaker.")]
+    assert [event.type for event in told] == ["breaker.open", "breaker.half_open", "breaker.closed"]
+    assert told[0].data["reason"] == "overloaded"
+    assert 0 < told[0].data["retry_after"] <= 0.2
+
+
 async def test_a_run_that_tries_whether_the_provider_works_again_may_delegate(
     runtime: Open, model: ModelServer, project: Path
 ) -> None:

@@ -33,6 +33,18 @@ from orchestrator.treatments import (
 )
 
 
+def test_every_change_of_state_is_told_once() -> None:
+    told: list[str] = []
+    breaker = Breaker(BreakerConfig(failure_threshold=2, reset_timeout_s=10), on_change=told.append)
+    for _ in range(2):
+        breaker.failure(breaker.admit(0), 0)
+    breaker.open_until(20, 0)  # it is open already
+    for now in (20, 21):
+        breaker.success(breaker.admit(now), now)
+    breaker.reset()
+    assert told == ["open", "half_open", "closed"]
+
+
 @pytest.fixture
 def anyio_backend() -> Any:
     """Trio with a clock that jumps to the next deadline as soon as every task waits: no real time passes."""

@@ -5,6 +5,7 @@ import os
 import signal
 import socket
 import subprocess
+import time
 from collections.abc import Callable, Iterator
 from contextlib import AbstractAsyncContextManager, contextmanager
 from pathlib import Path
@@ -79,6 +80,8 @@ async def test_the_report_needs_the_token_and_tells_of_real_processes(rt: Runtim
     assert report["counters"]["cold_starts"] == 1
     assert report["queue"] == {"length": 0, "max": rt.config.limits.max_queue}
     assert report["limits"]["max_processes"] == rt.config.limits.max_processes
+    assert report["provider"]["circuit"]["state"] == "closed"
+    assert (report["provider"]["usage_limit"], report["provider"]["parked"]) == (None, 0)
     assert "secret" not in json.dumps(report)
 
 
@@ -200,6 +203,7 @@ def a_report(*workers: dict[str, Any], **counters: Any) -> dict[str, Any]:
         "server": {"pid": 7, "url": "http://x/mcp", "version": "0", "up_s": 3.0},
         "working": 1,
         "queue": {"length": 2, "max": 100},
+        "provider": {"circuit": {"state": "closed"}, "usage_limit": None, "parked": 0},
         "memory_mb": 201.0,
         "limits": {"max_processes": 8, "memory_mb": 1000.0},
         "counters": {**none, "retired": {}, **counters},
@@ -227,6 +231,22 @@ def test_processes_are_in_the_order_of_interest_and_fit_a_terminal() -> None:
 
 def test_a_sum_that_is_measured_throughout_is_no_estimate() -> None:
     assert "· 201 of 1000 MB" in said(a_report(a_worker(1, "busy"), a_worker(2, "ending", memory_mb=None)))
+
+
+def test_it_is_said_why_no_run_begins() -> None:
+    report = a_report()
+    assert "circuit" not in said(report)
+    report["provider"] = {
+        "circuit": {"state": "open", "reason": "overloaded", "retry_after": 12.0},
+        "usage_limit": {"kind": "five_hour", "resets_at": time.time() + 60},
+        "parked": 1,
+    }
+    text = said(report)
+    assert "circuit open after overloaded errors of the provider; the next run may try in 12.0s" in text
+    assert "usage limit five_hour reached, until " in text
+    assert "1 run waits for it" in text
+    report["provider"]["circuit"] = {"state": "half_open", "reason": "overloaded", "retry_after": 0.0}
+    assert "circuit half open after overloaded errors of the provider; the next run tries it" in said(report)
 
 
 def test_every_counter_is_told() -> None:

@@ -7,7 +7,7 @@ import shutil
 import signal
 import subprocess
 import sys
-from collections.abc import AsyncIterator, Callable, Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -24,18 +24,11 @@ from tests.failures import (
     Verdict,
     acting,
     error_of,
-    nothing_is_left,
+    nothing_outlives_the_test,  # noqa: F401  # an autouse fixture
     runs_well,
     verdict,
     write_cli,
 )
-
-
-@pytest.fixture(autouse=True)
-async def nothing_outlives_the_test(tmp_path: Path) -> AsyncIterator[None]:
-    """Every CLI of the test, and all it started, has a HOME nobody else has."""
-    yield
-    await nothing_is_left("HOME", str(tmp_path / "home"))
 
 
 @pytest.fixture

@@ -26,20 +26,13 @@ from tests.failures import (
     all_at_once,
     error_of,
     faulty,
-    nothing_is_left,
     nothing_is_left_of,
+    nothing_outlives_the_test,  # noqa: F401  # an autouse fixture
     runs_well,
     says,
     verdict,
     write_cli,
 )
-
-
-@pytest.fixture(autouse=True)
-async def nothing_outlives_the_test(tmp_path: Path) -> AsyncIterator[None]:
-    """Every CLI of the test, and all it started, has a HOME nobody else has."""
-    yield
-    await nothing_is_left("HOME", str(tmp_path / "home"))
 
 
 def refusal(status: int, kind: str, message: str, code: str) -> Reply:

@@ -14,10 +14,12 @@ import anyio.to_thread
 import psutil
 import pytest
 
+from orchestrator.breakers import Breaker, BreakerConfig
 from orchestrator.config import Config, load_config
 from orchestrator.delegation import delegate
 from orchestrator.memory import measure
-from orchestrator.pool_report import pool_report
+from orchestrator.parking import UsageLimit
+from orchestrator.pool_report import pool_report, provider_report
 from orchestrator.pool_state import PoolLimits, PoolState, Request
 from orchestrator.redaction import Redactor
 from orchestrator.runtime import Runtime
@@ -160,7 +162,8 @@ def test_what_the_pool_is_and_did() -> None:
 
 def test_the_report_of_the_pool() -> None:
     state = a_pool()
-    report = pool_report(state, {1: 4711}, now=10.0, max_queue=100)
+    provider = provider_report(Breaker(name="claude/a").get_stats(10.0), None, parked=0)
+    report = pool_report(state, {1: 4711}, now=10.0, max_queue=100, provider=provider)
     assert (report["working"], report["queue"]) == (1, {"length": 1, "max": 100})
     assert report["counters"]["retired"] == {"stale": 1}
     assert report["counters"]["cold_starts"] == 1
@@ -183,6 +186,18 @@ def test_the_report_of_the_pool() -> None:
         "memory_mb": 120.0,
     }
     assert (ending["phase"], ending["pid"], ending["memory_mb"]) == ("ending", None, None)
+    assert report["provider"]["usage_limit"] is None
+    assert report["provider"]["circuit"]["state"] == "closed"
+
+
+def test_the_report_of_a_provider_that_lets_nobody_in() -> None:
+    breaker = Breaker(BreakerConfig(failure_threshold=1), "claude/a")
+    breaker.failure(breaker.admit(1.0), 1.0, reason="overloaded")
+    limit = UsageLimit("a", 1_800_000_000.0, "five_hour", "rate_limit_event")
+    report = provider_report(breaker.get_stats(2.0), limit, parked=3)
+    assert (report["usage_limit"], report["parked"]) == ({"kind": "five_hour", "resets_at": 1_800_000_000.0}, 3)
+    circuit = report["circuit"]
+    assert (circuit["state"], circuit["reason"], circuit["retry_after"]) == ("open", "overloaded", 29.0)
 
 
 @pytest.mark.parametrize("name", [*COUNTERS, *HISTOGRAMS, *POOL_COUNTERS, *POOL_GAUGES])

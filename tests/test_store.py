@@ -52,6 +52,11 @@ def a_run(store: Store, **fields: Any) -> Run:
     return Run(**{**defaults, **fields})
 
 
+def going_on(store: Store, session_id: str) -> Run:
+    """A run that goes on with a session."""
+    return a_run(store, session_id=session_id, session_mode="continue")
+
+
 async def created(store: Store, **fields: Any) -> Run:
     run = a_run(store, **fields)
     await store.create_run(run)
@@ -712,15 +717,15 @@ def test_any_text_is_kept_verbatim(tmp_path_factory: pytest.TempPathFactory, val
 
 async def test_a_session_is_held_by_one_run_at_a_time(path: Path) -> None:
     async with open_store(path) as store:
-        first, second = await created(store), await created(store)
+        first, second = await created(store), going_on(store, "s")
         await store.begin_session(a_session("s", locked_by=first.id))
-        await store.hold_session("s", first.id)  # its own
         with pytest.raises(SessionBusyError, match=first.id) as caught:
-            await store.hold_session("s", second.id)
+            await store.create_run(second)
         assert caught.value.details == {"session_id": "s", "run_id": first.id}
         assert caught.value.retryable
+        assert [run.id for run in await store.runs()] == [first.id], "nothing is stored of what was refused"
         await store.finish_run(first.model_copy(update={"status": "succeeded", "ended_us": 1}))
-        await store.hold_session("s", second.id)
+        await store.create_run(second)
         assert (await store.session("s")).locked_by == second.id
 
 
@@ -729,16 +734,18 @@ async def test_of_many_runs_one_gets_the_session(path: Path) -> None:
         await store.begin_session(a_session("s"))
         taken, busy = [], []
 
-        async def take(which: Store, run_id: str) -> None:
+        async def take(which: Store) -> None:
+            run = going_on(which, "s")
             try:
-                await which.hold_session("s", run_id)
-                taken.append(run_id)
+                await which.create_run(run)
+                taken.append(run.id)
             except SessionBusyError:
-                busy.append(run_id)
+                busy.append(run.id)
 
         async with anyio.create_task_group() as tg:
             for number in range(20):
-                tg.start_soon(take, (store, other)[number % 2], f"run-{number}")
+                tg.start_soon(take, (store, other)[number % 2])
+        assert taken == [run.id for run in await store.runs()]
         assert len(taken) == 1
         assert len(busy) == 19
 
@@ -757,7 +764,7 @@ async def test_sessions_are_counted_and_forgotten(path: Path) -> None:
         with pytest.raises(SessionNotFoundError, match="never"):
             await store.session("never")
         with pytest.raises(SessionNotFoundError):
-            await store.hold_session("never", "r3")
+            await store.create_run(going_on(store, "never"))
         with pytest.raises(StoreError):
             await store.begin_session(a_session("used"))
 
@@ -887,7 +894,7 @@ async def test_the_runs_of_another_machine_that_fell_silent_become_interrupted(p
         run_id = await an_instance_elsewhere(store, silent_us=3 * MINUTE)
         assert [run.id for run in await store.interrupt_abandoned()] == [run_id]
         assert (await store.run(run_id)).status == "interrupted"
-        await store.hold_session("s-far", "another-run")
+        await store.create_run(going_on(store, "s-far"))
         assert await store.interrupt_abandoned() == []
 
 

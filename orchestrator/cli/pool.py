@@ -5,7 +5,7 @@ import sys
 import time
 import urllib.error
 import urllib.request
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from contextlib import suppress
 from typing import Any
 
@@ -133,7 +133,7 @@ def _unavailable(state: ServerState, problem: str) -> ServerUnavailableError:
 def pool_view(report: Mapping[str, Any]) -> RenderableType:
     """The whole report: one line of state, the processes, what happened so far."""
     workers = report["workers"]
-    parts: list[RenderableType] = [_head(report)]
+    parts: list[RenderableType] = [_head(report), *_trouble(report["provider"])]
     if workers:
         parts += [Text(), _workers_table(workers)]
     else:
@@ -153,6 +153,19 @@ def _head(report: Mapping[str, Any]) -> Text:
         f"server {server['pid']}, up {duration(int(server['up_s'] * 1000))}",
     ]
     return Text.assemble(("pool", "bold"), "  " + " · ".join(fact for fact in facts if fact))
+
+
+def _trouble(provider: Mapping[str, Any]) -> Iterator[Text]:
+    """What keeps runs from beginning, if anything does: nothing about the processes would say so."""
+    circuit, limit, parked = provider["circuit"], provider["usage_limit"], provider["parked"]
+    waiting = f"; {parked} runs wait for it" if parked != 1 else "; 1 run waits for it"
+    if circuit["state"] != "closed":
+        state, wait = circuit["state"].replace("_", " "), circuit["retry_after"]
+        then = f"the next run may try in {duration(int(wait * 1000))}" if wait else "the next run tries it"
+        yield Text(f"circuit {state} after {circuit['reason']} errors of the provider; {then}", "yellow")
+    if limit is not None:
+        until = time.strftime("%Y-%m-%d %H:%M:%S", time.localtime(limit["resets_at"]))
+        yield Text(f"usage limit {limit['kind']} reached, until {until}{waiting}", "yellow")
 
 
 def _workers_table(workers: list[dict[str, Any]]) -> Table:

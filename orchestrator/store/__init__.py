@@ -312,12 +312,6 @@ class Store:
         """Record a new session, held by the run named in ``locked_by``."""
         await self._db.write(_insert_session(session))
 
-    async def hold_session(self, session_id: str, run_id: str) -> None:
-        """Take the session for a run. Raises SessionBusyError while another run holds it."""
-        [taken] = await self._db.write(_hold_session(session_id, run_id))
-        if not taken:
-            raise await self._busy(session_id)
-
     async def _busy(self, session_id: str) -> SessionBusyError:
         holder = (await self.session(session_id)).locked_by
         return SessionBusyError(
@@ -394,7 +388,7 @@ def _update(run_id: str, fields: dict[str, Any]) -> Statement:
 
 
 def _hold_session(session_id: str, run_id: str) -> Statement:
-    sql = "UPDATE sessions SET locked_by = :run WHERE id = :id AND (locked_by IS NULL OR locked_by = :run)"
+    sql = "UPDATE sessions SET locked_by = :run WHERE id = :id AND locked_by IS NULL"
     return sql, {"id": session_id, "run": run_id}
 
 
