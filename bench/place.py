@@ -13,6 +13,8 @@ from tempfile import TemporaryDirectory
 from typing import Any
 
 import anyio
+from anyio.abc import ByteSendStream
+from anyio.streams.buffered import BufferedByteReceiveStream
 
 from bench.model import Model, running_model
 from orchestrator import Outcome, Runtime, Task, delegate, keep_warm, load_config, open_runtime
@@ -80,6 +82,30 @@ class Stamped:
 
 
 @dataclass
+class Bare:
+    """A CLI process without us: lines in, lines out, nothing kept."""
+
+    stdin: ByteSendStream
+    stdout: BufferedByteReceiveStream
+
+    async def initialize(self) -> None:
+        await self._send({"type": "control_request", "request_id": "1", "request": {"subtype": "initialize"}})
+        await self._until("control_response")
+
+    async def ask(self, prompt: str) -> None:
+        message = {"role": "user", "content": prompt}
+        await self._send({"type": "user", "message": message, "parent_tool_use_id": None})
+        await self._until("result")
+
+    async def _send(self, line: dict[str, Any]) -> None:
+        await self.stdin.send(json.dumps(line).encode() + b"\n")
+
+    async def _until(self, kind: str) -> None:
+        while json.loads(await self.stdout.receive_until(b"\n", 10_000_000))["type"] != kind:
+            pass
+
+
+@dataclass
 class Place:
     """A directory with agents, a HOME for the CLI, the model's address, the environment everything gets."""
 
@@ -115,6 +141,23 @@ class Place:
             env=self.raw_environ,
             cwd=self.root,
         )
+
+    @asynccontextmanager
+    async def bare(self) -> AsyncIterator["Bare"]:
+        """The CLI alone, started and ready, for as many prompts as one likes. Killed in the end."""
+        process = await anyio.open_process(
+            [str(bundled_cli()), *RAW_FLAGS], env=self.raw_environ, cwd=self.root, stderr=subprocess.DEVNULL
+        )
+        try:
+            assert process.stdin is not None
+            assert process.stdout is not None
+            bare = Bare(process.stdin, BufferedByteReceiveStream(process.stdout))
+            await bare.initialize()
+            yield bare
+        finally:
+            with anyio.CancelScope(shield=True):
+                process.kill()
+                await process.aclose()
 
     def config(self, **settings: Any) -> Config:
         """Settings of a runtime here; ``__`` for dots."""

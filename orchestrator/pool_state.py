@@ -10,6 +10,7 @@ place, so delegation cannot block itself. What is kept warm follows recent deman
 """
 
 import itertools
+import math
 from collections import Counter, OrderedDict, deque
 from collections.abc import Iterator
 from dataclasses import dataclass, field
@@ -179,8 +180,7 @@ class PoolState:
         self._demand: OrderedDict[str, deque[float]] = OrderedDict()
         self._kinds: dict[str, tuple[str, str | None]] = {}
         self._failed: dict[str, float] = {}
-        #: Not before this are processes started to be kept warm: starting one would slow the run that just began.
-        self.refill_at = 0.0
+        self._handed_out_at = -math.inf
         self._ids = itertools.count(1)
 
     def __repr__(self) -> str:
@@ -188,6 +188,11 @@ class PoolState:
         counts = ", ".join(f"{count} {phase}" for phase, count in sorted(phases.items()))
         workers = "".join(f"\n  {worker!r}" for worker in self.workers.values())
         return f"<PoolState {counts or 'empty'}, {self.waiting} waiting{workers}>"
+
+    @property
+    def refill_at(self) -> float:
+        """Not before this is a process started to be kept warm: that would slow the run that just began."""
+        return self._handed_out_at + REFILL_DELAY_S
 
     # -- what is there ------------------------------------------------------------------------------------
 
@@ -284,6 +289,10 @@ class PoolState:
         holds = self.limits.max_sessions and self.limits.session_idle_s
         if self.closing or (worker.phase == "held" and not holds):
             return self.end(worker, "not_kept")
+        # A CLI goes on tidying up for a fifth of a start after its turn; the others have done so. While runs wait,
+        # the one that has just ended its turn makes way, although it is the youngest.
+        if self._waiting and len(self._in_phase("held")) > self.limits.max_sessions:
+            return self.end(worker, "room")
         return []
 
     def end(self, worker: Worker, reason: Reason) -> list[End]:
@@ -318,7 +327,7 @@ class PoolState:
 
     def decide(self, now: float) -> list[Action]:
         """Everything that can be done now, in order; the state is as if it were done already."""
-        actions: list[Action] = [*self._expire(now), *self._trim_sessions()]
+        actions: list[Action] = [*self._expire(now), *self._trim_sessions(now)]
         while (done := self._serve_next(now)) is not None:
             actions += done
         if not self.closing:
@@ -333,9 +342,18 @@ class PoolState:
             if now - worker.since >= self._ttl(worker):
                 yield from self.end(worker, "expired")
 
-    def _trim_sessions(self) -> Iterator[End]:
+    def _trim_sessions(self, now: float) -> Iterator[End]:
+        """End what holds sessions beyond those that are kept, those unused for longest first.
+
+        To end takes a process as long as a turn takes it, and nobody waits for it: while runs begin one after the
+        other they may stay where warm processes were, afterwards as few end at once as start at once.
+        """
         held = sorted(self._in_phase("held"), key=lambda worker: worker.since)
-        for worker in held[: max(0, len(held) - self.limits.max_sessions)]:
+        many = len(held) - self.limits.max_sessions
+        too_many = many - max(0, self.limits.max_idle - len(self._in_phase("idle")))
+        quiet = now - self._handed_out_at >= BURST_S
+        at_once = self.limits.max_starts - len(self._in_phase("ending")) if quiet else 0
+        for worker in held[: max(0, too_many, min(many, at_once))]:
             yield from self.end(worker, "room")
 
     def _serve_next(self, now: float) -> list[Action] | None:
@@ -394,7 +412,7 @@ class PoolState:
 
     def _assign(self, request: Request, worker: Worker, now: float) -> Assign:
         worker.phase, worker.since = "busy", now
-        self.refill_at = now + REFILL_DELAY_S
+        self._handed_out_at = now
         worker.run_id, worker.parent_id, worker.model = request.run_id, request.parent_id, request.model
         return Assign(request, worker)
 
@@ -447,6 +465,8 @@ class PoolState:
         idle = self._in_phase("idle")
         if self._waiting or self.starting(now) or len(idle) >= self.limits.max_idle:
             return
+        if len(self._in_phase("held")) > self.limits.max_sessions:
+            return  # these end first
         if now < self.refill_at:
             return
         if not self._fits(self.limits.idle_mb):

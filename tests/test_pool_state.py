@@ -217,6 +217,37 @@ def test_sessions_are_held_up_to_the_bound() -> None:
     assert (end.worker, end.reason) == (first, "room")
 
 
+def test_while_runs_wait_the_session_that_was_used_last_makes_way() -> None:
+    pool = state(max_sessions=1, max_processes=2)
+    first, second = given(pool, run("r1")), given(pool, run("r2"))
+    assert first is not None
+    assert second is not None
+    assert given(pool, run("waits")) is None
+    assert served(pool, first, 1, session="s1") == []
+    [end] = served(pool, second, 2, session="s2")
+    assert (end.worker, end.reason) == (second, "room")
+    assert first.phase == "held"
+
+
+def test_sessions_end_after_the_runs_that_begin_one_after_the_other() -> None:
+    """They stay where the warm processes were that those runs were given, and then go a few at a time."""
+    pool = state(max_sessions=1, max_idle=2, max_starts=1, max_processes=9)
+    for n in range(4):
+        worker = given(pool, run(f"r{n}"), 10)
+        assert worker is not None
+        served(pool, worker, 10, session=f"s{n}")
+    assert given(pool, run("another", key="b"), 10) is not None
+    held = [worker.session_id for worker in pool.workers.values() if worker.phase == "held"]
+    assert held == ["s1", "s2", "s3"], "one that is kept, and no more than two in the places of others"
+    for session in ("s1", "s2"):
+        [ended] = [worker for worker in pool.workers.values() if worker.phase == "ending"]
+        assert pool.decide(11) == [], "one at a time"
+        pool.gone(ended, 11)
+        [end] = pool.decide(11)
+        assert isinstance(end, End)
+        assert (end.worker.session_id, end.reason) == (session, "room")
+
+
 @pytest.mark.parametrize("none", [{"max_sessions": 0}, {"session_idle_s": 0}])
 def test_sessions_need_not_be_held_at_all(none: dict[str, Any]) -> None:
     pool = state(**none)
@@ -439,6 +470,7 @@ class AnyPool(RuleBasedStateMachine):
         workers = self.pool.workers.values()
         phases = Counter(worker.phase for worker in workers)
         assert phases["idle"] <= self.limits.max_idle
+        assert phases["held"] <= self.limits.max_sessions + self.limits.max_idle - phases["idle"]
         assert phases["busy"] == len(self.busy)
         sessions = Counter(w.session_id for w in workers if w.session_id)
         assert all(count == 1 for count in sessions.values()), "two processes on one session"
