@@ -2,7 +2,7 @@
 PYTHON ?= python3
 BIN := .venv/bin
 
-.PHONY: demo test lint check bench soak format clean
+.PHONY: demo test lint check conformance bench soak format clean
 
 # Stamps are newer than pyproject.toml exactly if the environment is up to date.
 .venv/claude.stamp: pyproject.toml
@@ -28,6 +28,10 @@ lint: .venv/dev.stamp
 	$(BIN)/lint-imports
 
 check: lint test
+
+# Needs npm; what it installs stays inside .venv.
+conformance: .venv/dev.stamp
+	$(BIN)/python -m scripts.conformance
 
 bench: .venv/dev.stamp
 	$(BIN)/python -m bench

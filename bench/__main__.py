@@ -11,7 +11,7 @@ from pathlib import Path
 from types import ModuleType
 from typing import Any
 
-from bench import burst, imports, latency, many_runs, parsing, throughput
+from bench import burst, imports, latency, many_runs, parsing, shim, throughput
 from bench.figures import machine, table
 from bench.place import cli_version, loads
 
@@ -27,6 +27,7 @@ BENCHES: dict[str, ModuleType] = {
     "many_runs": many_runs,
     "parsing": parsing,
     "imports": imports,
+    "shim": shim,
 }
 
 

@@ -1,5 +1,6 @@
 """The HTTP door: MCP behind a bearer token, Host and Origin checks, served inside the current event loop."""
 
+import logging
 import secrets
 import socket
 import time
@@ -30,6 +31,8 @@ from orchestrator.errors import ServerUnavailableError
 from orchestrator.groups import unwrapped
 from orchestrator.pool_report import pool_report, provider_report
 from orchestrator.runtime import Runtime
+
+log = logging.getLogger(__name__)
 
 MCP_PATH = "/mcp"
 #: How long open requests may take to end when the door closes, in seconds.
@@ -89,7 +92,8 @@ def http_app(
         return JSONResponse({"ok": True, "version": __version__})
 
     async def readyz(_: Request) -> Response:
-        return JSONResponse({"ok": not rt.closing, "runs": len(rt.live)}, status_code=503 if rt.closing else 200)
+        ready = not (rt.closing or rt.draining)
+        return JSONResponse({"ok": ready, "runs": len(rt.live)}, status_code=200 if ready else 503)
 
     async def pool(_: Request) -> Response:
         return JSONResponse(_pool_report(rt))
@@ -134,6 +138,7 @@ class Guard:
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] == "http" and (refusal := await self._refusal(scope)) is not None:
+            _tell(scope, refusal.status_code)
             await refusal(scope, receive, send)
         else:
             await self._app(scope, receive, send)
@@ -148,6 +153,14 @@ class Guard:
             return None
         # No resource metadata: with it, clients would try OAuth against a server that has none.
         return Response("a bearer token of this server is needed", 401, {"WWW-Authenticate": "Bearer"})
+
+
+def _tell(scope: Scope, status: int) -> None:
+    """Log a refusal: by the routes we have, since in a path, a query or a header may be someone's token."""
+    route = scope["path"] if scope["path"] in (MCP_PATH, "/healthz", "/readyz", "/pool") else "another path"
+    client = scope.get("client")
+    host = client[0] if client else "nowhere"
+    log.warning("refused with %d: %s %s from %s", status, scope["method"], route, host)
 
 
 def _names(host: str, port: int) -> list[str]:

@@ -57,6 +57,10 @@ class Caller:
         return Path(project or "") / cwd
 
 
+#: Somebody of whom nothing is known: no agent.
+PERSON = Caller()
+
+
 def bearer(headers: Mapping[str, str]) -> str | None:
     """The bearer token in the headers."""
     match = _BEARER.fullmatch(headers.get("authorization", ""))
@@ -85,15 +89,18 @@ async def caller_of(rt: Runtime, ctx: Context) -> Caller:
 
 
 async def visible(rt: Runtime, caller: Caller, run_id: str) -> Run:
-    """The run of that id or start of an id, if the caller may touch it. Raises RunNotFoundError."""
-    row = await rt.store.run(run_id)
+    """The run of that id, or of the only id that starts so, if the caller may touch it. Raises RunNotFoundError."""
     if caller.run is None:
-        return row
-    below = {run.id for run in await rt.store.tree(caller.run.id)} - {caller.run.id}
-    if row.id not in below:
-        # The same error as for an id that does not exist: other trees are none of an agent's business.
-        raise RunNotFoundError(f"no run {run_id!r} among those you started")
-    return row
+        return await rt.store.run(run_id)
+    # Looked for among those alone: other words for runs elsewhere would tell an agent, digit by digit, all ids.
+    below = [run for run in await rt.store.tree(caller.run.id) if run.id != caller.run.id]
+    starts = run_id.lower()
+    found = [run for run in below if starts and run.id.startswith(starts)]
+    exact = [run for run in found if run.id == starts] or found
+    if len(exact) != 1:
+        reason = "is the start of several" if exact else "is none"
+        raise RunNotFoundError(f"{run_id!r} {reason} of the runs you started")
+    return exact[0]
 
 
 async def check_session(rt: Runtime, caller: Caller, session_id: str) -> None:
@@ -131,6 +138,8 @@ def _facts(ctx: Context, meta: Mapping[str, Any], claims: Mapping[str, Any]) -> 
         "client": f"{info.name}/{info.version}" if info else None,
         # The same id is on the client's own tool span: it joins the two traces where no traceparent came.
         "tool_use_id": _text(meta.get("claudecode/toolUseId")),
+        # An error of the tool names it, also when it is told later.
+        "tool": _text((ctx.request_context.params or {}).get("name")),
     }
     return {name: value for name, value in found.items() if value}
 

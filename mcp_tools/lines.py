@@ -136,7 +136,9 @@ class _Door:
                 with anyio.fail_after(HELLO_SECONDS):
                     await self._greet(lines)
                 await self._converse(lines)
-        except (TimeoutError, PermissionError, MessageTooLargeError, *_GONE) as reason:
+        except PermissionError as reason:
+            log.warning("a connection was refused: %s", reason)
+        except (TimeoutError, MessageTooLargeError, *_GONE) as reason:
             log.info("a connection was ended: %s", reason or type(reason).__name__)
         except Exception:
             # Above us are the other connections and every run: whatever went wrong here, they go on.

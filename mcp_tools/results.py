@@ -4,10 +4,11 @@ import json
 import re
 from collections.abc import Sequence
 from datetime import UTC, datetime, timedelta
-from typing import Any, cast
+from typing import Any, NotRequired, cast
 
 from typing_extensions import TypedDict  # pydantic needs this one below Python 3.12
 
+from orchestrator.agents import Agent, AgentProblem
 from orchestrator.errors import ConfigError, OrchestratorError
 from orchestrator.outcome import Outcome
 from orchestrator.store import Run
@@ -15,12 +16,15 @@ from orchestrator.store import Run
 PARTIAL_CHARS = 2000
 PROMPT_CHARS = 200
 TEXT_CHARS = 500
+DESCRIPTION_CHARS = 300
+#: Broken agent files told of.
+PROBLEMS = 20
 
 # What the errors advise is for a terminal; a model has tools instead.
 _ADVICE = {
     "agent_not_found": "Choose one of the known agents; list_agents describes them.",
     "run_not_found": "Find runs with query_traces.",
-    "session_not_found": "Find sessions with query_traces, or start a fresh one.",
+    "session_not_found": "Find sessions with list_sessions, or start a fresh one.",
 }
 
 _SPAN = re.compile(r"(\d+(?:\.\d+)?)\s*([smhdw])")
@@ -29,10 +33,7 @@ _UNITS = {"s": "seconds", "m": "minutes", "h": "hours", "d": "days", "w": "weeks
 
 
 class TraceRow(TypedDict, total=False):
-    """A run in the list of runs. What is not known, or does not apply, is left out.
-
-    ``resumes`` is when a waiting run goes on.
-    """
+    """``resumes``: when a waiting run goes on."""
 
     run_id: str
     parent_id: str
@@ -53,15 +54,8 @@ class TraceRow(TypedDict, total=False):
     error: str
 
 
-class Traces(TypedDict):
-    """A page of runs, newest first; ``next`` is the cursor of the next page."""
-
-    runs: list[TraceRow]
-    next: str | None
-
-
 class AgentRow(TypedDict, total=False):
-    """An agent one can delegate to. ``model`` is the one it runs with unless a call names another."""
+    """``model``: unless a call names another."""
 
     name: str
     description: str
@@ -70,10 +64,11 @@ class AgentRow(TypedDict, total=False):
 
 
 class Agents(TypedDict):
-    """The agents there are, and what is wrong with files that give none."""
+    """``problems``: of files that give no agent. ``next``: cursor of more agents."""
 
     agents: list[AgentRow]
     problems: list[str]
+    next: NotRequired[str]
 
 
 def answer(outcome: Outcome, tree: Sequence[Run] = ()) -> str:
@@ -195,6 +190,22 @@ def trace_row(run: Run) -> TraceRow:
         "error": f"{run.error.get('code')}: {cut(run.error.get('message', ''), TEXT_CHARS)}" if run.error else None,
     }
     return cast("TraceRow", {name: value for name, value in row.items() if value not in (None, "")})
+
+
+def agent_row(agent: Agent, model: str | None) -> AgentRow:
+    row: AgentRow = {"name": agent.id, "description": cut(agent.description, DESCRIPTION_CHARS)}
+    if model:
+        row["model"] = model
+    if agent.tools is not None:
+        row["tools"] = list(agent.tools)
+    return row
+
+
+def problem_lines(problems: Sequence[AgentProblem]) -> list[str]:
+    """``path:line: reason`` of each; if they are many, of the first."""
+    lines = [f"{each.path}:{each.line or 1}: {cut(each.reason, DESCRIPTION_CHARS)}" for each in problems[:PROBLEMS]]
+    left = len(problems) - PROBLEMS
+    return [*lines, f"{left} more: `orchestrator agents list` has all"] if left > 0 else lines
 
 
 def cut(text: str, limit: int) -> str:

@@ -1,26 +1,21 @@
 """The tools that start, wait for and stop runs. Docstrings and descriptions of arguments are what models read."""
 
-from typing import Annotated, Any
+from typing import Annotated, Literal
 
 import anyio
 from mcp.server.mcpserver import Context
-from mcp.server.mcpserver.exceptions import ToolError
 from pydantic import Field
 
 from mcp_tools import results
-from mcp_tools.context import Caller, caller_of, check_session, visible
+from mcp_tools.answers import Answers, origin
+from mcp_tools.context import caller_of, check_session, visible
 from mcp_tools.told import told_to_the_model
-from mcp_tools.waiting import activity, wait_all
+from mcp_tools.waiting import wait_all
 from orchestrator.delegation import cancel, submit, wait
-from orchestrator.outcome import Outcome
+from orchestrator.replaying import replay_task
 from orchestrator.runtime import Runtime
-from orchestrator.store import Run, now_us
 from orchestrator.task import Task
 
-#: How long a call of an agent waits unless told otherwise, in seconds; ``server.mcp_wait_s`` is for people, whose
-#: client puts a long call aside. Progress keeps an agent's call alive, while asking again would cost it a turn with
-#: all its context. Half an hour of silence ends a call in Claude Code: this stays below even if progress is lost.
-AGENT_WAIT_SECONDS = 25 * 60.0
 #: How long run_cancel waits for the run to be over, in seconds: the agent gets a moment to say what it cost.
 CANCEL_SECONDS = 5.0
 LONGEST_WAIT_SECONDS = 24 * 3600
@@ -33,6 +28,7 @@ class RunningTools:
 
     def __init__(self, rt: Runtime) -> None:
         self._rt = rt
+        self._answers = Answers(rt)
 
     async def delegate(
         self,
@@ -76,11 +72,11 @@ class RunningTools:
                 cwd=caller.directory(cwd, continues=session is not None),
                 timeout_s=timeout_s,
                 budget_usd=budget_usd,
-                **_origin(caller),
+                **origin(caller),
             )
             run_id = await submit(self._rt, task)
-            return await self._answer(
-                ctx, run_id, self._patience(caller, wait_s), cancel_on_disconnect=cancel_on_disconnect
+            return await self._answers.answer(
+                ctx, caller, run_id, wait_s, cancel_on_disconnect=cancel_on_disconnect
             )
 
     async def run_wait(
@@ -88,6 +84,7 @@ class RunningTools:
         run_ids: Annotated[list[str], Field(min_length=1, max_length=100, description="Runs to wait for.")],
         ctx: Context,
         timeout_s: Annotated[Wait, Field(description="Seconds to wait at most; the runs go on afterwards.")] = None,
+        until: Annotated[Literal["all", "first"], Field(description="Wait for all of them, or for one.")] = "all",
     ) -> str:
         """Wait until runs have ended, and return what each has answered, or that it is still running.
 
@@ -97,9 +94,15 @@ class RunningTools:
         with told_to_the_model():
             caller = await caller_of(self._rt, ctx)
             ids = [(await visible(self._rt, caller, run_id)).id for run_id in dict.fromkeys(run_ids)]
-            outcomes = await wait_all(self._rt, ids, self._patience(caller, timeout_s), ctx.report_progress)
-            runs = [await self._rt.store.run(run_id) for run_id in ids]
-            told = [(run, await self._told(run, outcomes.get(run.id))) for run in runs]
+            outcomes = await wait_all(
+                self._rt,
+                ids,
+                self._answers.patience(caller, timeout_s),
+                ctx.report_progress,
+                first=until == "first",
+                caller=caller,
+            )
+            told = await self._answers.parts(ids, outcomes, caller)
             return told[0][1] if len(told) == 1 else results.several(told)
 
     async def run_cancel(
@@ -111,10 +114,10 @@ class RunningTools:
         with told_to_the_model():
             run = await visible(self._rt, await caller_of(self._rt, ctx), run_id)
             if run.ended:
-                return f"the run had ended before: {run.status}\n{await self._said(run.outcome())}"
+                return f"the run had ended before: {run.status}\n{await self._answers.said(run.outcome())}"
             await cancel(self._rt, run.id)
             with anyio.move_on_after(CANCEL_SECONDS):
-                return await self._said(await wait(self._rt, run.id))
+                return await self._answers.said(await wait(self._rt, run.id))
             return f"run_id={run.id} was asked to stop and is still winding down"
 
     async def fork_session(
@@ -122,6 +125,10 @@ class RunningTools:
         session_id: Annotated[str, Field(description="The session to copy; it stays as it is.")],
         prompt: Annotated[str, Field(description="What the copy is told next.")],
         ctx: Context,
+        turn: Annotated[
+            int | None, Field(ge=1, description="Copy up to the end of this turn, the first being 1; default: all.")
+        ] = None,
+        wait_s: Wait = None,
     ) -> str:
         """Ask the agent of a session something more in a copy of the session, with all it knew by then.
 
@@ -131,50 +138,41 @@ class RunningTools:
             caller = await caller_of(self._rt, ctx)
             await check_session(self._rt, caller, session_id)
             session = await self._rt.store.session(session_id)
-            task = Task(agent=session.agent, prompt=prompt, session=session_id, fork=True, **_origin(caller))
-            return await self._answer(ctx, await submit(self._rt, task), self._patience(caller, None))
+            task = Task(
+                agent=session.agent, prompt=prompt, session=session_id, fork=True, fork_turn=turn, **origin(caller)
+            )
+            return await self._answers.answer(ctx, caller, await submit(self._rt, task), wait_s)
 
-    # -- what they share ----------------------------------------------------------------------------------
-
-    def _patience(self, caller: Caller, seconds: float | None) -> float:
-        """How long to wait, in seconds."""
-        if seconds is not None:
-            return seconds
-        return AGENT_WAIT_SECONDS if caller.run is not None else self._rt.config.server.mcp_wait_s
-
-    async def _answer(
-        self, ctx: Context, run_id: str, seconds: float, *, cancel_on_disconnect: bool = False
+    async def continue_session(
+        self,
+        session_id: Annotated[str, Field(description="The session; the last line of each answer names it.")],
+        prompt: Annotated[str, Field(description="What its agent is told next.")],
+        ctx: Context,
+        wait_s: Wait = None,
     ) -> str:
-        """Wait for a run just started, and say what there is to say. Raises ToolError if it failed."""
-        try:
-            outcomes = await wait_all(self._rt, [run_id], seconds, ctx.report_progress)
-            run, outcome = await self._rt.store.run(run_id), outcomes.get(run_id)
-            if outcome is not None and not outcome.ok:
-                raise ToolError(results.failure(run.name, outcome))
-            return await self._told(run, outcome)
-        except anyio.get_cancelled_exc_class():
-            # Esc, a time-out of the client, a closed connection: they cannot be told apart here.
-            if cancel_on_disconnect:
-                with anyio.CancelScope(shield=True):
-                    await cancel(self._rt, run_id)
-            raise
+        """Go on with a session: its agent knows all that was said in it. Returns what delegate returns."""
+        with told_to_the_model():
+            caller = await caller_of(self._rt, ctx)
+            await check_session(self._rt, caller, session_id)
+            session = await self._rt.store.session(session_id)
+            task = Task(agent=session.agent, prompt=prompt, session=session_id, **origin(caller))
+            return await self._answers.answer(ctx, caller, await submit(self._rt, task), wait_s)
 
-    async def _told(self, run: Run, outcome: Outcome | None) -> str:
-        if outcome is None:
-            seconds = (now_us() - (run.started_us or run.created_us)) / 1e6
-            return results.pending(run, activity(self._rt, [run.id]), seconds)
-        return results.report(outcome, await self._rt.store.tree(run.id))
-
-    async def _said(self, outcome: Outcome) -> str:
-        return results.answer(outcome, await self._rt.store.tree(outcome.run_id))
-
-
-def _origin(caller: Caller) -> dict[str, Any]:
-    """Where a task comes from: the parent run, or what is known of the client."""
-    parent = caller.run.id if caller.run else None
-    return {
-        "parent_id": parent,
-        "parent_span": caller.span,
-        "caller": caller.facts,
-        "project_dir": None if parent else caller.project,
-    }
+    async def replay(
+        self,
+        run_id: Annotated[str, Field(description="The run to repeat; it stays as it is.")],
+        ctx: Context,
+        onwards: Annotated[bool, Field(description="Go on from its end instead, with a prompt.")] = False,
+        prompt: Annotated[str | None, Field(description="Instead of the prompt it had.")] = None,
+        agent: Annotated[str | None, Field(max_length=256, description="Instead of its agent.")] = None,
+        model: Annotated[str | None, Field(description="Instead of its model.")] = None,
+        wait_s: Wait = None,
+    ) -> str:
+        """Repeat a run from where it began, say with another model. Returns what delegate returns."""
+        with told_to_the_model():
+            caller = await caller_of(self._rt, ctx)
+            run = await visible(self._rt, caller, run_id)
+            task = await replay_task(
+                self._rt, run, onwards=onwards, prompt=prompt, agent=agent, model=model, **origin(caller)
+            )
+            return await self._answers.answer(ctx, caller, await submit(self._rt, task), wait_s)

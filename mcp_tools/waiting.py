@@ -5,14 +5,14 @@ from collections.abc import Awaitable, Callable, Sequence
 
 import anyio
 
+from mcp_tools.asking import asked
+from mcp_tools.context import PERSON, Caller
 from mcp_tools.results import parked
 from orchestrator.delegation import wait
 from orchestrator.groups import unwrapped
 from orchestrator.outcome import Outcome
 from orchestrator.runtime import LiveRun, Runtime
 
-#: Clients give up on calls that are silent for minutes; a word this often keeps them, and people, waiting.
-HEARTBEAT_SECONDS = 10.0
 #: At most one word in this time, however busy the agents are.
 THROTTLE_SECONDS = 1.0
 
@@ -20,8 +20,17 @@ THROTTLE_SECONDS = 1.0
 Say = Callable[[float, float | None, str | None], Awaitable[None]]
 
 
-async def wait_all(rt: Runtime, run_ids: Sequence[str], seconds: float, say: Say) -> dict[str, Outcome]:
-    """The outcomes of these runs once all have ended, or of those that have after ``seconds``.
+async def wait_all(
+    rt: Runtime,
+    run_ids: Sequence[str],
+    seconds: float,
+    say: Say,
+    *,
+    first: bool = False,
+    caller: Caller = PERSON,
+) -> dict[str, Outcome]:
+    """The outcomes of these runs once all have ended, with ``first`` one of them, or of those that have after
+    ``seconds``, or when one of them asks something of the ``caller``.
 
     Cancelling it touches no run.
     """
@@ -31,26 +40,42 @@ async def wait_all(rt: Runtime, run_ids: Sequence[str], seconds: float, say: Say
     async def collect(run_id: str) -> None:
         outcomes[run_id] = await wait(rt, run_id)
         waiting.remove(run_id)
+        if first:
+            collecting.cancel_scope.cancel()
 
     with anyio.move_on_after(seconds), unwrapped():
         async with anyio.create_task_group() as narrating:
             narrating.start_soon(_narrate, rt, waiting, len(run_ids), say)
             async with anyio.create_task_group() as collecting:
+                narrating.start_soon(_until_asked, rt, run_ids, caller, collecting.cancel_scope)
                 for run_id in run_ids:
                     collecting.start_soon(collect, run_id)
             narrating.cancel_scope.cancel()
     return outcomes
 
 
+async def _until_asked(rt: Runtime, run_ids: Sequence[str], caller: Caller, waiting: anyio.CancelScope) -> None:
+    """End the wait when the caller has something to answer: nothing would go on until then."""
+    with rt.events.watch() as watcher:
+        events, lost = aiter(watcher), 0
+        while not asked(rt, caller, run_ids):
+            # Whoever loses events may have lost this one.
+            while (await anext(events)).type != "run.asked" and watcher.lost == lost:
+                pass
+            lost = watcher.lost
+    waiting.cancel()
+
+
 async def _narrate(rt: Runtime, waiting: Sequence[str], total: int, say: Say) -> None:
-    begun = time.monotonic()
+    begun, heartbeat = time.monotonic(), rt.config.server.progress_s
+    throttle = min(THROTTLE_SECONDS, heartbeat)
     with rt.events.watch() as watcher:
         events = aiter(watcher)
         while waiting:
             said = activity(rt, waiting, total)
-            await say(round(time.monotonic() - begun, 1), None, said)
-            await anyio.sleep(THROTTLE_SECONDS)
-            with anyio.move_on_after(HEARTBEAT_SECONDS - THROTTLE_SECONDS):
+            await say(round(time.monotonic() - begun, 3), None, said)
+            await anyio.sleep(throttle)
+            with anyio.move_on_after(heartbeat - throttle):
                 # An event says that something changed; what is true now is on the runs.
                 while waiting and activity(rt, waiting, total) == said:
                     await anext(events)
@@ -70,4 +95,6 @@ def _doing(rt: Runtime, run_id: str) -> str:
 
 
 def _activity_of(live: LiveRun) -> str:
+    if live.questions:
+        return "waits for an answer"
     return "queued" if live.row.status == "queued" else live.progress.activity

@@ -7,11 +7,13 @@ from orchestrator.agents import Agent, resolve_model
 from orchestrator.conversation import SessionMode
 from orchestrator.errors import (
     ConfigError,
+    DelegationCycleError,
     LimitError,
     OrchestratorError,
     PromptError,
     SessionBusyError,
     SessionNotFoundError,
+    SessionTurnError,
 )
 from orchestrator.limits import Budget, budget_of, refuse_unknown_cost
 from orchestrator.pricing import has_price
@@ -19,10 +21,13 @@ from orchestrator.reach import allowed_dirs, asked_by_model, check_reach, resolv
 from orchestrator.redaction import secrets_of, secrets_of_servers
 from orchestrator.runtime import LiveRun, Runtime
 from orchestrator.sandbox import check_settings
-from orchestrator.specs import hide_values, permission_mode
+from orchestrator.specs import can_answer, hide_values, permission_mode
 from orchestrator.store import Run, SessionRow, now_us
 from orchestrator.task import Task
 from orchestrator.tracing import SpanContext, new_run_id, new_trace_id
+
+#: Turns of a session that are looked through for the one to fork after.
+MAX_TURNS = 10_000
 
 
 async def admit(rt: Runtime, task: Task) -> tuple[LiveRun, Agent]:
@@ -66,6 +71,8 @@ async def _prepare(rt: Runtime, agent: Agent, task: Task, parent: Run | None, pr
     depth = parent.depth + 1 if parent else 1
     budget = await _task_budget(rt, task, parent, depth)
     budget.check_start(depth, time.monotonic())
+    if parent is not None:
+        await _check_cycle(rt, parent, agent, task.prompt)
     source = await _source(rt, task.session) if task.session else None
     mode = session_mode(task)
     if mode == "fork" and source is not None:
@@ -107,11 +114,29 @@ async def _prepare(rt: Runtime, agent: Agent, task: Task, parent: Run | None, pr
         row,
         budget,
         source.cwd if source is not None and mode == "continue" else row.cwd,
+        None if source is None or task.fork_turn is None else await _end_of_turn(rt, source.id, task.fork_turn),
         touched=time.monotonic(),
         parent=live_parent,
+        policy=task.questions,
+        answers=can_answer(agent),
         # Whoever waits for it is at least as urgent.
         priority=max(task.priority, live_parent.priority if live_parent else task.priority),
     )
+
+
+async def _check_cycle(rt: Runtime, parent: Run, agent: Agent, prompt: str) -> None:
+    """Raises DelegationCycleError where a run above is of the same agent and has the same task."""
+    path, above = [agent.id], parent
+    while above.kind == "agent":
+        path.append(above.name)
+        if above.name == agent.id and (above.prompt or "").split() == prompt.split():
+            way = " → ".join(reversed(path))
+            raise DelegationCycleError(
+                f"the same task comes back to {agent.id}: {way}", details={"run_id": above.id}
+            )
+        if above.parent_id is None:
+            return
+        above = await rt.store.run(above.parent_id)
 
 
 def _project(rt: Runtime, task: Task, parent: Run | None) -> Path:
@@ -138,6 +163,19 @@ async def _source(rt: Runtime, session_id: str) -> SessionRow:
     return session
 
 
+async def _end_of_turn(rt: Runtime, session_id: str, turn: int) -> str:
+    """The id of the last message of a turn of the session. Raises SessionTurnError."""
+    runs = [run for run in reversed(await rt.store.runs(session_id=session_id, limit=MAX_TURNS)) if run.num_turns]
+    if turn <= len(runs):
+        for message in reversed(await rt.store.messages(runs[turn - 1].id)):
+            if message.type == "assistant" and message.body.get("parent_tool_use_id") is None:
+                return str(message.body["uuid"])
+    raise SessionTurnError(
+        f"session {session_id} has {len(runs)} turns on record; no turn {turn}",
+        details={"session_id": session_id, "turns": len(runs)},
+    )
+
+
 def check_free(session: SessionRow) -> None:
     """Raises SessionBusyError: a fork of a session in use would begin in the middle of a turn."""
     if session.locked_by:
@@ -152,6 +190,8 @@ def session_mode(task: Task) -> SessionMode:
         if task.fork:
             raise ConfigError("fork needs the id of the session to fork", advice="Name the session in `session`.")
         return "fresh"
+    if task.fork_turn is not None and not task.fork:
+        raise ConfigError("fork_turn is for forks", advice="Ask for a fork too, or leave fork_turn out.")
     return "fork" if task.fork else "continue"
 
 

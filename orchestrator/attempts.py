@@ -39,8 +39,9 @@ async def converse(rt: Runtime, live: LiveRun, agent: Agent, task: Task) -> None
     """One turn with the CLI, or with what may stand in for it; sets the verdict on ``live``."""
     spec = await build_spec(rt, live, agent, task)
     if live.earlier:  # it was parked: its own session goes on, whatever it began from
-        spec = replace(spec, session_mode="continue", source_session_id=None)
-    turn = Turn(_first_words(agent, live.row, task), prompt_uuid(live.row.id), turn_environ(live.row, spec.env))
+        spec = replace(spec, session_mode="continue", source_session_id=None, source_message_id=None)
+    environ = turn_environ(live.row, spec.env)
+    turn = Turn(_first_words(agent, live.row, task), prompt_uuid(live.row.id), environ, asks=spec.asks)
     try:
         await _over_cli(rt, live, task, spec, turn)
     except OrchestratorError as error:

@@ -143,6 +143,13 @@ class ServerConfig(_Section):
     mcp_wait_s: float = Field(
         100, gt=0, description="How long an MCP call of a person's client waits by default; agents' wait 25 min."
     )
+    progress_s: float = Field(
+        10, ge=0.01, description="How often at least a client that waits for a run is told that it goes on."
+    )
+    on_stop: Literal["cancel", "interrupt", "finish"] = Field(
+        "cancel", description="What becomes of runs when the server is told to stop."
+    )
+    finish_s: float = Field(600, gt=0, description="How long `finish` waits for runs; the rest is cancelled.")
 
 
 class TelemetryConfig(_Section):
@@ -161,6 +168,13 @@ class LogConfig(_Section):
         "WARNING", pattern="(?i)^(debug|info|warning|error|critical)$", description="DEBUG, INFO, WARNING or ERROR."
     )
     format: str = Field("console", pattern="^(console|json)$", description="console or json.")
+
+
+class QuestionsConfig(_Section):
+    """What becomes of permission prompts and questions of agents. Times are seconds."""
+
+    policy: Literal["deny", "ask"] = Field("deny", description="Denied at once, or put to whoever delegates.")
+    timeout_s: float = Field(600, gt=0, description="How long a question waits before it is denied.")
 
 
 class FallbackConfig(_Section):
@@ -186,6 +200,7 @@ class Config(_Section):
     pool: PoolConfig = Field(default_factory=PoolConfig)
     retry: RetryConfig = RetryConfig()
     breaker: BreakerConfig = BreakerConfig()
+    questions: QuestionsConfig = QuestionsConfig()
     fallback: FallbackConfig = FallbackConfig()
     agents: AgentsConfig = Field(default_factory=AgentsConfig)
     store: StoreConfig = StoreConfig()
@@ -391,10 +406,12 @@ def _is_text(field: Any) -> bool:
     return set(kinds) - {NoneType} <= {str, Path}
 
 
-# Variables of ours that are not settings: the configuration file's place, and what the executor gives to its
-# own children so that they can be recognised and can call back.
+# Variables of ours that are not settings: the configuration file's place, the token for MCP clients over HTTP, and
+# what the executor gives to its own children so that they can be recognised and can call back.
 _CLI_VARIABLE = f"{ENV_PREFIX}CLAUDE__ENV__"
-_NOT_SETTINGS = {f"{ENV_PREFIX}{name}" for name in ("CONFIG", "RUN_ID", "RUN_TOKEN", "PROCESS_ID", "INSTANCE_ID")}
+_NOT_SETTINGS = {
+    f"{ENV_PREFIX}{name}" for name in ("CONFIG", "TOKEN", "RUN_ID", "RUN_TOKEN", "PROCESS_ID", "INSTANCE_ID")
+}
 
 
 def _is_known(name: str, known: Mapping[str, Any]) -> bool:

@@ -31,8 +31,10 @@ class Spec:
 
     ``tools``: None is the backend's default set, an empty tuple none at all. ``session_id`` is a UUID: of the
     new session (``fresh``, ``fork``) or of the one to go on with (``continue``). ``source_session_id`` is what a
-    ``fork`` starts from. ``budget_usd`` and ``max_turns`` are second lines of defence: the executor enforces
-    its own. ``env`` is the whole environment of the process, not an addition to ours.
+    ``fork`` starts from, up to and with the message ``source_message_id`` (None: all of it). ``budget_usd`` and
+    ``max_turns`` are second lines of defence: the executor enforces its own. ``env`` is the whole environment of
+    the process, not an addition to ours. With ``asks`` the backend asks us what it would deny by itself, and its
+    agent may ask questions.
     """
 
     cwd: Path
@@ -40,6 +42,7 @@ class Spec:
     session_id: str
     session_mode: SessionMode = "fresh"
     source_session_id: str | None = None
+    source_message_id: str | None = None
     model: str | None = None
     fallback_model: str | None = None
     system_prompt: str | None = None
@@ -57,6 +60,7 @@ class Spec:
     mcp_servers: Mapping[str, Any] = field(default_factory=dict)
     setting_sources: tuple[str, ...] | None = None
     settings: Mapping[str, Any] | None = None
+    asks: bool = False
 
 
 @dataclass(frozen=True, slots=True)
@@ -64,7 +68,8 @@ class Turn:
     """One prompt, and what holds from it on: ``env`` is added to the environment of the CLI and what it starts.
 
     ``uuid`` must be new for every prompt that is meant to be answered; the backend swallows one it has seen.
-    ``model`` and ``permission_mode`` None leave what is in force.
+    ``model`` and ``permission_mode`` None leave what is in force. With ``asks`` questions are left to whoever
+    receives the messages (``Conversation.answer``); otherwise they are denied at once.
     """
 
     prompt: str
@@ -72,6 +77,7 @@ class Turn:
     env: Mapping[str, str] = field(default_factory=dict)
     model: str | None = None
     permission_mode: str | None = None
+    asks: bool = False
 
 
 class Conversation(Protocol):
@@ -97,8 +103,12 @@ class Conversation(Protocol):
         """
         ...
 
+    async def answer(self, request_id: str, response: Mapping[str, Any]) -> None:
+        """Answer a question of the backend (``Turn.asks``); one it has withdrawn needs no answer any more."""
+        ...
+
     async def interrupt(self) -> None:
-        """Ask the backend to stop the turn; it may still give a result with its cost."""
+        """Ask the backend to stop the turn; it may still give a result with its cost. What it asks is denied."""
         ...
 
 
@@ -129,6 +139,14 @@ class Dialect(Protocol):
 
     def answer_control(self, message: Message) -> bytes | None:
         """The answer to a request the CLI made of us, or None if the message is not one."""
+        ...
+
+    def is_question(self, message: Message) -> bool:
+        """Whether it asks something that somebody can decide, beside what ``answer_control`` can say."""
+        ...
+
+    def encode_answer(self, request_id: str, response: Mapping[str, Any]) -> bytes:
+        """One line for stdin that answers a request of the CLI."""
         ...
 
     def error_of(

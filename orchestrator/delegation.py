@@ -7,6 +7,9 @@ agent had said.
 
 import logging
 import time
+from collections.abc import Mapping, Sequence
+from contextlib import nullcontext
+from typing import Literal
 
 import anyio
 
@@ -16,13 +19,17 @@ from orchestrator.endings import conclude, cost_of, ended_as, stop_children, sum
 from orchestrator.errors import OrchestratorError, QueueFullError, RunCancelledError
 from orchestrator.outcome import Outcome, Usage
 from orchestrator.parked_runs import converse_or_wait
-from orchestrator.runtime import LiveRun, Runtime
+from orchestrator.runtime import LiveRun, Runtime, check_open
 from orchestrator.store import Run
 from orchestrator.task import Task
 
 log = logging.getLogger(__name__)
 
 FOREIGN_POLL_SECONDS = 0.3
+
+#: When some of several runs are of no use any more; see ``submit_many``.
+Join = Literal["all_done", "all_ok", "first_ok"]
+_DECIDED: Mapping[Join, str] = {"all_ok": "did not succeed", "first_ok": "has succeeded"}
 
 
 async def delegate(rt: Runtime, task: Task) -> Outcome:
@@ -55,9 +62,45 @@ async def submit(rt: Runtime, task: Task) -> str:
 
     Raises what ``delegate`` raises; nothing is recorded then.
     """
-    if rt.closing:
-        raise RunCancelledError("the orchestrator is shutting down", retryable=True)
-    live, agent = await admit(rt, task)
+    [run_id] = await submit_many(rt, [task])
+    return run_id
+
+
+async def submit_many(
+    rt: Runtime, tasks: Sequence[Task], *, max_parallel: int | None = None, join: Join = "all_done"
+) -> list[str]:
+    """Start several runs and return their ids, in order: all of them are accepted, or none is.
+
+    At most ``max_parallel`` are at work at once, and as many as the runtime allows. ``join`` is when the others
+    are of no use any more and are cancelled, whoever waits for them: ``all_ok``: when one has failed; ``first_ok``:
+    when one has succeeded; ``all_done``: never.
+
+    Raises what ``delegate`` raises, for the first task that is refused.
+    """
+    for task in tasks:
+        check_open(rt, task.parent_id)
+    admitted = [(*await admit(rt, task), task) for task in tasks]
+    accepted: list[LiveRun] = []
+    try:
+        for live, _, task in admitted:
+            await _accept(rt, live, task)
+            accepted.append(live)
+    except BaseException:
+        with anyio.CancelScope(shield=True):
+            for live in accepted:
+                await withdraw(rt, live)
+        raise
+    gate = None if max_parallel is None else anyio.CapacityLimiter(max_parallel)
+    for live, agent, task in admitted:
+        rt.task_group.start_soon(_execute, rt, live, agent, task, gate)
+        rt.emit("run.created", live.row.id, **summary(live.row))
+    if join != "all_done":
+        rt.task_group.start_soon(_cancel_the_rest, accepted, join)
+    return [live.row.id for live in accepted]
+
+
+async def _accept(rt: Runtime, live: LiveRun, task: Task) -> None:
+    """Give the run its place in the queue and its row, or leave nothing of it."""
     await _enter_queue(rt, live.row.id, task)
     rt.live[live.row.id] = live
     try:
@@ -65,15 +108,27 @@ async def submit(rt: Runtime, task: Task) -> str:
         await rt.store.create_run(live.row)
         if live.parent is not None and live.parent.stop_error is not None:
             raise RunCancelledError(f"run {live.parent.row.id}, which delegates this one, is being stopped")
-        if rt.closing:
-            raise RunCancelledError("the orchestrator is shutting down", retryable=True)
+        check_open(rt, task.parent_id)
     except BaseException:
         with anyio.CancelScope(shield=True):
             await withdraw(rt, live)
         raise
-    rt.task_group.start_soon(_execute, rt, live, agent, task)
-    rt.emit("run.created", live.row.id, **summary(live.row))
-    return live.row.id
+
+
+async def _cancel_the_rest(runs: Sequence[LiveRun], join: Join) -> None:
+    """Once one run has decided what comes of all, end the others."""
+
+    async def watch(run: LiveRun) -> None:
+        await run.ended.wait()
+        assert run.outcome is not None
+        if run.outcome.ok == (join == "first_ok"):
+            for other in runs:
+                if other is not run:
+                    other.stop(RunCancelledError(f"run {run.row.id} of the same tasks {_DECIDED[join]}"))
+
+    async with anyio.create_task_group() as tg:
+        for run in runs:
+            tg.start_soon(watch, run)
 
 
 async def _enter_queue(rt: Runtime, run_id: str, task: Task) -> None:
@@ -116,12 +171,15 @@ async def cancel(rt: Runtime, run_id: str) -> Run:
     return run
 
 
-async def _execute(rt: Runtime, live: LiveRun, agent: Agent, task: Task) -> None:
+async def _execute(
+    rt: Runtime, live: LiveRun, agent: Agent, task: Task, gate: anyio.CapacityLimiter | None
+) -> None:
     """The whole life of a run in a task of its own. Whatever happens, its end is written."""
     error: OrchestratorError | None = RunCancelledError("the orchestrator was stopped", retryable=True)
     try:
         with live.scope:
-            await converse_or_wait(rt, live, agent, task)
+            async with gate or nullcontext():
+                await converse_or_wait(rt, live, agent, task)
         # An answer that was in before the stop took effect stands.
         error = live.verdict if live.answered else live.stop_error
     except OrchestratorError as problem:

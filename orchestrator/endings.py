@@ -5,7 +5,7 @@ import time
 from collections.abc import Mapping
 from typing import Any
 
-from orchestrator.errors import OrchestratorError, RunCancelledError, RunTimeoutError
+from orchestrator.errors import OrchestratorError, RunCancelledError, RunInterruptedError, RunTimeoutError
 from orchestrator.outcome import RunStatus
 from orchestrator.runtime import LiveRun, Runtime
 from orchestrator.store import Run, now_us
@@ -15,6 +15,7 @@ log = logging.getLogger(__name__)
 _STATUS: Mapping[type[OrchestratorError], RunStatus] = {
     RunCancelledError: "cancelled",
     RunTimeoutError: "timed_out",
+    RunInterruptedError: "interrupted",
 }
 
 

@@ -127,6 +127,14 @@ class SessionBusyError(OrchestratorError):
     advice = "Wait for the run that holds the session, or fork the session after it ends."
 
 
+class SessionTurnError(OrchestratorError):
+    """A session has no such turn on record. ``details`` has ``session_id`` and ``turns``, how many it has."""
+
+    code = "session_turn"
+    exit_code = 2
+    advice = "Name one of its turns, the first being 1, or fork the whole session."
+
+
 class PromptError(OrchestratorError):
     """The prompt cannot be delivered as it is (a NUL character, or more than the configured size)."""
 
@@ -147,6 +155,14 @@ class DepthLimitError(LimitError):
 
     code = "depth_limit"
     advice = "Do this work yourself instead of delegating it further."
+
+
+class DelegationCycleError(LimitError):
+    """A run delegates its own task, or that of a run above it, back to the agent that has it. ``details.run_id``
+    is the run that does."""
+
+    code = "delegation_cycle"
+    advice = "Do the work yourself, or delegate another part of it."
 
 
 class QueueFullError(LimitError):
@@ -400,6 +416,30 @@ class RunInterruptedError(OrchestratorError):
     retryable = True
     scope: Scope = "host"
     advice = "Start it again, or continue its session: what was said before the crash is kept."
+
+
+class QuestionError(OrchestratorError):
+    """An answer that does not decide the question it is for."""
+
+    code = "question"
+    exit_code = 2
+    advice = "Say whether the call is allowed, or answer each question."
+
+
+class QuestionNotFoundError(OrchestratorError):
+    """Nobody waits for this answer: it was never asked, settled before, or is asked in another process."""
+
+    code = "question_not_found"
+    exit_code = 2
+    advice = "Wait for the run: it tells its open questions."
+
+
+class RegistrationError(OrchestratorError):
+    """An MCP client could not be told of us."""
+
+    code = "registration"
+    scope: Scope = "host"
+    advice = "Run the command that is shown yourself, or see `orchestrator register --help`."
 
 
 class ServerUnavailableError(OrchestratorError):

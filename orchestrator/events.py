@@ -12,7 +12,15 @@ import anyio
 
 PoolEvent = Literal["pool.waiting", "pool.started", "pool.assigned", "pool.retired", "pool.ended"]
 RunEvent = Literal[
-    "run.created", "run.started", "run.activity", "run.retried", "run.parked", "run.resumed", "run.ended"
+    "run.created",
+    "run.started",
+    "run.activity",
+    "run.retried",
+    "run.parked",
+    "run.resumed",
+    "run.asked",
+    "run.answered",
+    "run.ended",
 ]
 BreakerEvent = Literal["breaker.open", "breaker.half_open", "breaker.closed"]
 EventType = RunEvent | Literal["agents.changed", "plan.step"] | PoolEvent | BreakerEvent

@@ -1,16 +1,13 @@
 """Runs that meet a usage limit of the provider: parked without a process, and gone on with when it has ended."""
 
-import json
 import time
-from typing import Any
 
 import anyio
 
 from orchestrator.agents import Agent
 from orchestrator.attempts import converse
 from orchestrator.errors import RateLimitError
-from orchestrator.events import EventType
-from orchestrator.messages import parse_message
+from orchestrator.notes import note
 from orchestrator.parking import Park, Refuse, UsageLimit, park, parked, refused, resumed, usage_limit
 from orchestrator.progress import Progress
 from orchestrator.runtime import LiveRun, Runtime
@@ -48,7 +45,7 @@ async def _wait_out(rt: Runtime, live: LiveRun, limit: UsageLimit) -> bool:
     rt.pool.leave_queue(row.id)  # nobody has to be refused because this one waits
     row.status, row.resume_at_us = "waiting", int(decision.until * 1_000_000)
     await rt.store.update_run(row.id, status=row.status, resume_at_us=row.resume_at_us)
-    await _note(rt, live, "run.parked", parked(limit, decision, attempt))
+    await note(rt, live, "run.parked", parked(limit, decision, attempt))
     try:
         await _sleep(live, decision)
     finally:
@@ -57,7 +54,7 @@ async def _wait_out(rt: Runtime, live: LiveRun, limit: UsageLimit) -> bool:
         row.resume_at_us = None
     row.status = "queued"
     await rt.store.update_run(row.id, status=row.status, resume_at_us=None)
-    await _note(rt, live, "run.resumed", resumed(limit, decision, attempt, live.waits))
+    await note(rt, live, "run.resumed", resumed(limit, decision, attempt, live.waits))
     return True
 
 
@@ -75,12 +72,3 @@ async def _sleep(live: LiveRun, decision: Park) -> None:
         await anyio.sleep(min(left, NAP_SECONDS))
         after = time.monotonic()
         live.pause(after, after - before)
-
-
-async def _note(rt: Runtime, live: LiveRun, event: EventType, data: dict[str, Any]) -> None:
-    """Put it among the messages of the run, and tell everyone."""
-    live.messages += 1
-    message = parse_message(json.dumps({"type": "orchestrator", "subtype": event, **data}))
-    await rt.store.add_message(live.row.id, live.messages, "orchestrator", event, message.raw())
-    live.said.publish(message, live.messages)
-    rt.emit(event, live.row.id, **data)

@@ -26,7 +26,7 @@ from orchestrator.limits import Budget, budget_of
 from orchestrator.outcome import Outcome, Usage
 from orchestrator.plans import Plan, PlanState, StepChange, StepJob, drive
 from orchestrator.reach import asked_by_model, check_reach
-from orchestrator.runtime import LiveRun, Runtime
+from orchestrator.runtime import LiveRun, Runtime, check_open
 from orchestrator.store import Run, now_us
 from orchestrator.task import Task
 from orchestrator.tracing import SpanContext, new_run_id
@@ -69,8 +69,7 @@ async def submit_plan(
     that run delegates. Raises PlanError for wrong inputs and for a workspace of no directory, LimitError,
     StoreError.
     """
-    if rt.closing:
-        raise RunCancelledError("the orchestrator is shutting down", retryable=True)
+    check_open(rt, parent_id)
     base = (base or rt.config.project_dir).resolve()
     bound = plan.bind(inputs, base=base)
     run_id = new_run_id()
@@ -97,8 +96,7 @@ async def submit_plan(
     try:
         budget.start(depth, time.monotonic())
         await rt.store.create_run(row)
-        if rt.closing:
-            raise RunCancelledError("the orchestrator is shutting down", retryable=True)
+        check_open(rt, parent_id)
     except BaseException:
         with anyio.CancelScope(shield=True):
             await withdraw(rt, live)

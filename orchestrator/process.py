@@ -25,7 +25,16 @@ from orchestrator.errors import BackendError, CLIExitError, CLINotFoundError, CL
 from orchestrator.framing import MessageDecoder
 from orchestrator.groups import unwrapped
 from orchestrator.killing import INSTANCE_ID_ENV, PROCESS_ID_ENV, StopTimes, death_signal_prefix, stop
-from orchestrator.messages import CommandLifecycle, ControlResponse, Message, ResultMessage, SystemInit
+from orchestrator.messages import (
+    CommandLifecycle,
+    ControlCancelRequest,
+    ControlRequest,
+    ControlResponse,
+    Message,
+    ResultMessage,
+    SystemInit,
+)
+from orchestrator.questions import STOPPED
 
 log = logging.getLogger(__name__)
 
@@ -58,6 +67,8 @@ class ProcessConversation:
         self._pending: deque[Message] = deque()
         self._asked: dict[str, str] = {}
         self._prompt_uuid: str | None = None
+        self._asks = False
+        self._questions: set[str] = set()
         self._stderr = bytearray()
         self._stderr_ended = anyio.Event()
         self._writing = anyio.Lock()
@@ -88,11 +99,24 @@ class ProcessConversation:
             await self._write(b"".join(lines))
 
     async def send(self, turn: Turn) -> None:
-        self._prompt_uuid = turn.uuid
+        self._prompt_uuid, self._asks = turn.uuid, turn.asks
         await self._write(self._dialect.encode_prompt(turn.prompt, turn.uuid))
 
+    async def answer(self, request_id: str, response: Mapping[str, Any]) -> None:
+        if request_id in self._questions:
+            self._questions.discard(request_id)
+            await self._write(self._dialect.encode_answer(request_id, response))
+
     async def interrupt(self) -> None:
-        await self._write(self._request({"subtype": "interrupt", "cancel_queued": True}))
+        interrupt = self._request({"subtype": "interrupt", "cancel_queued": True})
+        await self._write(self._denials() + interrupt)
+
+    def _denials(self) -> bytes:
+        """Deny what nobody will answer any more, and from now on whatever is asked."""
+        self._asks = False
+        lines = [self._dialect.encode_answer(each, STOPPED) for each in self._questions]
+        self._questions.clear()
+        return b"".join(lines)
 
     async def ask_to_end(self) -> None:
         """The gentlest end: the CLI stops its turn and its shells, saves its totals and exits."""
@@ -117,13 +141,23 @@ class ProcessConversation:
                 await self._read()
                 continue
             message = self._pending[0]
-            answer = self._dialect.answer_control(message)
-            if answer is not None:
+            if (answer := self._answer_to(message)) is not None:
                 # Every question is answered, or the turn hangs for ever.
                 await self._write(answer)
             self._pending.popleft()
             if not self._is_answer(message) and not self._is_of_another_turn(message):
                 return message
+
+    def _answer_to(self, message: Message) -> bytes | None:
+        """What is said to it at once. Questions are left to whoever receives them, as long as the turn lasts."""
+        if isinstance(message, ControlRequest) and self._asks and self._dialect.is_question(message):
+            self._questions.add(message.request_id)
+            return None
+        if isinstance(message, ControlCancelRequest):
+            self._questions.discard(message.request_id)
+        if isinstance(message, ResultMessage) and not self._is_of_another_turn(message):
+            return self._denials() or None
+        return self._dialect.answer_control(message)
 
     async def _read(self) -> None:
         try:

@@ -6,7 +6,7 @@ nothing it did not mean to cancel.
 
 import logging
 import os
-from collections.abc import AsyncIterator, Callable, Mapping
+from collections.abc import AsyncIterator, Callable, Iterator, Mapping
 from contextlib import AbstractAsyncContextManager, asynccontextmanager, suppress
 from dataclasses import asdict, dataclass, field
 from functools import cached_property
@@ -41,6 +41,7 @@ from orchestrator.pool import OpenProcess, Pool
 from orchestrator.pool_state import PoolLimits, PoolState
 from orchestrator.process import connect_process
 from orchestrator.progress import Progress
+from orchestrator.questions import OpenQuestion, Policy
 from orchestrator.rates import Limiter, Rate, SlidingWindow
 from orchestrator.redaction import Redactor, secrets_of
 from orchestrator.retries import Retry
@@ -60,12 +61,15 @@ DEAD_OWNER_SECONDS = 15.0
 class LiveRun:
     """A run this runtime is working on: how to stop it, what is known so far, what it may spend.
 
-    ``session_cwd`` is the directory its session was begun in.
+    ``session_cwd`` is the directory its session was begun in, ``fork_at`` the message a fork of it ends with.
+    ``questions`` are those that wait for an answer, by their ids, ``settled`` who or what has answered the others.
+    ``policy`` is what its task says of questions, ``answers`` whether its agent can answer those of runs below.
     """
 
     row: Run
     budget: Budget
     session_cwd: str = ""
+    fork_at: str | None = None
     scope: anyio.CancelScope = field(default_factory=anyio.CancelScope)
     ended: anyio.Event = field(default_factory=anyio.Event)
     progress: Progress = field(default_factory=Progress)
@@ -75,6 +79,10 @@ class LiveRun:
     messages: int = 0
     answered: bool = False
     commands: bool = False
+    questions: dict[str, OpenQuestion] = field(default_factory=dict)
+    settled: dict[str, str] = field(default_factory=dict)
+    policy: Policy | None = None
+    answers: bool = False
     priority: int = 0
     charged: tuple[float, int, int] = (0.0, 0, 0)
     verdict: OrchestratorError | None = None
@@ -91,6 +99,12 @@ class LiveRun:
     def attempts(self) -> list[Progress]:
         """Every turn of the run: those that a usage limit ended, and the one it is in."""
         return [*self.earlier, self.progress]
+
+    def lineage(self) -> "Iterator[LiveRun]":
+        """The run itself, then those above it, from the nearest to the root."""
+        yield self
+        if self.parent is not None:
+            yield from self.parent.lineage()
 
     def pause(self, now: float, seconds: float) -> None:
         """The last ``seconds`` were a wait for a limit's end: no time of this run's, nor of those above it."""
@@ -145,6 +159,7 @@ class Runtime:
     unwritten: dict[str, Run] = field(default_factory=dict)
     door: Door | None = None
     closing: bool = False
+    draining: bool = False
     reached: ReachedLimits = field(default_factory=ReachedLimits)
     watch_agents: bool = True
     _open_door: OpenDoor | None = None
@@ -374,12 +389,25 @@ def agent_roots(config: Config, project: Path | None = None) -> list[Root]:
     ]
 
 
-async def close_runs(rt: Runtime) -> None:
-    """Cancel what still runs and wait until each run's end is written."""
+async def finish_runs(rt: Runtime) -> None:
+    """Wait until every run has ended. Meanwhile no others begin but what these delegate."""
+    rt.draining = True
+    while rt.live:
+        await next(iter(rt.live.values())).ended.wait()
+
+
+def check_open(rt: Runtime, parent_id: str | None) -> None:
+    """Raises RunCancelledError where a run below ``parent_id`` (None: below no other) may not begin any more."""
+    if rt.closing or (rt.draining and parent_id is None):
+        raise RunCancelledError("the orchestrator is shutting down", retryable=True)
+
+
+async def close_runs(rt: Runtime, error: OrchestratorError | None = None) -> None:
+    """End what still runs, as cancelled or with the error, and wait until each run's end is written."""
     rt.closing = True
     live = list(rt.live.values())
     for run in live:
-        run.stop(RunCancelledError("the orchestrator is shutting down", retryable=True))
+        run.stop(error or RunCancelledError("the orchestrator is shutting down", retryable=True))
     for run in live:
         await run.ended.wait()
 

@@ -21,8 +21,8 @@ import psutil
 from anyio.abc import TaskStatus
 
 from orchestrator import __version__
-from orchestrator.errors import ServerUnavailableError
-from orchestrator.runtime import Door, Runtime, close_runs
+from orchestrator.errors import RunInterruptedError, ServerUnavailableError
+from orchestrator.runtime import Door, Runtime, close_runs, finish_runs
 from orchestrator.store import now_us
 from orchestrator.warming import keep_warm
 
@@ -103,9 +103,27 @@ async def serve(
                     log.info("serving %s, data in %s", doors.url, data)
                     task_status.started(state)
                     await anext(signals)
+                    if rt.config.server.on_stop == "finish":
+                        await _finish(rt, signals)
                 # The doors are still open: whoever waits for a run is told what became of it.
+                interrupted = RunInterruptedError("the server was stopped while the run worked")
                 with anyio.move_on_after(WIND_DOWN_SECONDS):
-                    await close_runs(rt)
+                    await close_runs(rt, interrupted if rt.config.server.on_stop == "interrupt" else None)
+
+
+async def _finish(rt: Runtime, signals: AsyncIterator[signal.Signals]) -> None:
+    """Let runs end by themselves, for as long as the settings allow and until another signal comes."""
+    log.warning("stopping when %d runs have ended; another signal cancels them", len(rt.live))
+    with anyio.move_on_after(rt.config.server.finish_s):
+        async with anyio.create_task_group() as tg:
+
+            async def give_up() -> None:
+                await anext(signals)
+                tg.cancel_scope.cancel()
+
+            tg.start_soon(give_up)
+            await finish_runs(rt)
+            tg.cancel_scope.cancel()
 
 
 @asynccontextmanager

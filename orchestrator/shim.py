@@ -38,6 +38,9 @@ ACKNOWLEDGED = "notifications/subscriptions/acknowledged"
 SUBSCRIPTION_ID = "io.modelcontextprotocol/subscriptionId"
 CALLER = "orchestrator/caller"
 
+#: Requests by which one may see or touch runs: they say on whose behalf.
+STAMPED = ("tools/call", "resources/read", "tasks/get", "tasks/update", "tasks/cancel")
+
 # A server started from inside an agent must not be taken for a part of that agent's run, nor join its trace.
 NOT_FOR_THE_SERVER = (
     *("ORCHESTRATOR_RUN_ID", "ORCHESTRATOR_RUN_TOKEN", "ORCHESTRATOR_PROCESS_ID", "ORCHESTRATOR_INSTANCE_ID"),
@@ -250,7 +253,7 @@ class Shim:
     def forward(self, line: bytes) -> None:
         """Hand one line of the client to the server. Returns when it is sent, or has got its error."""
         message = _object(line)
-        if message.get("method") == "tools/call":
+        if message.get("method") in STAMPED:
             line = self._stamped(message)
         while True:
             try:
@@ -269,7 +272,7 @@ class Shim:
             return
 
     def _stamped(self, message: dict[str, Any]) -> bytes:
-        """A call with what only we can know of its caller: the server never sees our environment."""
+        """A request with what only we can know of its caller: the server never sees our environment."""
         params = message.setdefault("params", {})
         meta = params.setdefault("_meta", {}) if isinstance(params, dict) else {}
         if isinstance(meta, dict):

@@ -11,6 +11,7 @@ from orchestrator.config import ClaudeConfig
 from orchestrator.conversation import McpEndpoint, SessionMode, Spec
 from orchestrator.errors import AgentError
 from orchestrator.killing import RUN_ID_ENV
+from orchestrator.questions import ASK_TOOL, Policy
 from orchestrator.runtime import LiveRun, Runtime
 from orchestrator.sandbox import run_settings, setting_sources
 from orchestrator.store import Run
@@ -23,13 +24,23 @@ HEADERS_ENV = "ANTHROPIC_CUSTOM_HEADERS"
 MCP_NAME = "orchestrator"
 SERVER = f"mcp__{MCP_NAME}"
 # The tools of that server, which this package does not import; a test holds the list against it.
-OUR_TOOLS = ("delegate", "run_wait", "run_cancel", "fork_session", "query_traces", "list_agents")
+OUR_TOOLS = (
+    *("delegate", "delegate_many", "continue_session", "fork_session", "replay", "run_plan"),
+    *("run_wait", "run_status", "run_cancel", "query_traces", "get_trace", "usage", "list_sessions", "list_agents"),
+    "run_answer",
+)
+RUN_ANSWER = f"{SERVER}__run_answer"
 
 # Parts of an MCP server's configuration whose values are often keys.
 SECRET_PARTS = ("headers", "env")
 
 # The CLI's own ways to start agents: outside our depth, budget and record, so only on the file's explicit word.
 SUBAGENT_TOOLS = ("Agent", "Task", "Workflow")
+
+
+def can_answer(agent: Agent) -> bool:
+    """Whether an agent can answer what the runs it starts ask."""
+    return agent.names(RUN_ANSWER) and RUN_ANSWER not in agent.disallowed_tools
 
 
 async def build_spec(rt: Runtime, live: LiveRun, agent: Agent, task: Task) -> Spec:
@@ -39,6 +50,7 @@ async def build_spec(rt: Runtime, live: LiveRun, agent: Agent, task: Task) -> Sp
     sandboxed = agent.sandbox is not None
     servers, secrets = hide_values(agent.mcp_servers)
     tools, rules = split_tools(agent.tools)
+    asks = _policy(rt, live) == "ask"
     mode: SessionMode = row.session_mode  # type: ignore[assignment]  # written by session_mode(), read from our own row
     return Spec(
         cwd=Path(row.cwd),
@@ -46,11 +58,12 @@ async def build_spec(rt: Runtime, live: LiveRun, agent: Agent, task: Task) -> Sp
         session_id=row.session_id or str(uuid.uuid4()),
         session_mode=mode,
         source_session_id=row.source_session_id,
+        source_message_id=live.fork_at,
         model=row.model_requested,
         fallback_model=task.fallback_model,
         system_prompt=agent.system_prompt or None,
         append_system_prompt=task.append_system_prompt,
-        tools=tools,
+        tools=(*tools, ASK_TOOL) if asks and tools and ASK_TOOL not in tools else tools,
         allowed_tools=(*rules, *task.allowed_tools),
         disallowed_tools=_disallowed(agent),
         permission_mode=permission_mode(rt, agent, task),
@@ -66,7 +79,14 @@ async def build_spec(rt: Runtime, live: LiveRun, agent: Agent, task: Task) -> Sp
         settings=run_settings(
             task.settings, sandboxed=sandboxed, allow_bypass=rt.config.claude.allow_bypass_permissions
         ),
+        asks=asks,
     )
+
+
+def _policy(rt: Runtime, live: LiveRun) -> Policy:
+    """What becomes of the run's questions: the word of its own task, of the nearest above, of the settings."""
+    said = (each.policy for each in live.lineage() if each.policy is not None)
+    return next(said, rt.config.questions.policy)
 
 
 def _disallowed(agent: Agent) -> tuple[str, ...]:

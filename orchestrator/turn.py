@@ -6,7 +6,9 @@ from dataclasses import replace
 from functools import partial
 
 import anyio
+from anyio.abc import TaskGroup
 
+from orchestrator.asking import is_asking, open_question, see_answered, withdraw
 from orchestrator.conversation import Conversation, Turn
 from orchestrator.endings import figures
 from orchestrator.errors import (
@@ -18,7 +20,15 @@ from orchestrator.errors import (
 )
 from orchestrator.groups import unwrapped
 from orchestrator.limits import refuse_unknown_cost
-from orchestrator.messages import AssistantMessage, KeepAlive, Message, RateLimitEvent, StreamEvent
+from orchestrator.messages import (
+    AssistantMessage,
+    ControlCancelRequest,
+    ControlRequest,
+    KeepAlive,
+    Message,
+    RateLimitEvent,
+    StreamEvent,
+)
 from orchestrator.parking import CONTINUE_PROMPT, Redelivery, continue_uuid
 from orchestrator.runtime import LiveRun, Runtime
 from orchestrator.task import Task
@@ -51,12 +61,14 @@ async def hold_turn(rt: Runtime, live: LiveRun, task: Task, conversation: Conver
 async def _converse(rt: Runtime, live: LiveRun, task: Task, conversation: Conversation, turn: Turn) -> None:
     idle = task.idle_timeout_s or rt.config.limits.idle_timeout_s
     go_on = replace(turn, prompt=CONTINUE_PROMPT, uuid=continue_uuid(live.row.id, live.waits.parks))
+    live.questions.clear()  # those of a turn before, if it was ended before anybody was told of them
     with unwrapped():
         async with anyio.create_task_group() as tg:
             tg.start_soon(conversation.send, turn)
             tg.start_soon(_watch_time, rt, live, idle)
             tg.start_soon(_note_text, rt, live)
-            await _listen(rt, live, conversation, Redelivery(turn.uuid), partial(conversation.send, go_on))
+            asked = partial(_ask, rt, live, conversation, tg) if turn.asks else None
+            await _listen(rt, live, conversation, Redelivery(turn.uuid), partial(conversation.send, go_on), asked)
             tg.cancel_scope.cancel()
 
 
@@ -66,12 +78,15 @@ async def _listen(
     conversation: Conversation,
     redelivery: Redelivery,
     go_on: Callable[[], Awaitable[None]],
+    asked: Callable[[Message], None] | None,
 ) -> None:
     """Take in messages up to the result, each recorded before it is acted upon."""
     while True:
         spent = live.progress.charge_usd
         message = await conversation.receive()
         await take(rt, live, message)
+        if asked is not None:
+            asked(message)
         if redelivery.swallowed(message):
             if not live.earlier:
                 raise BackendError("the session has had this prompt already; it is not answered again")
@@ -86,6 +101,15 @@ async def _listen(
             _check_budget(rt, live)
         if result is not None:
             return
+
+
+def _ask(rt: Runtime, live: LiveRun, conversation: Conversation, tg: TaskGroup, message: Message) -> None:
+    """Have a question of the CLI answered while the turn goes on: it may ask several at once."""
+    match message:
+        case ControlRequest() if rt.dialect.is_question(message):
+            tg.start_soon(see_answered, rt, live, conversation, open_question(live, message))
+        case ControlCancelRequest():
+            withdraw(live, message.request_id)
 
 
 def _check_budget(rt: Runtime, live: LiveRun) -> None:
@@ -173,6 +197,8 @@ async def _watch_time(rt: Runtime, live: LiveRun, idle: float) -> None:
             live.budget.check_time(now)
         except OrchestratorError as error:
             live.stop(error)
+        if now >= live.touched + idle and is_asking(rt, live):
+            live.touch(now)  # who waits for an answer is not idle
         if now >= live.touched + idle:
             silent = RunTimeoutError(f"nothing was heard of the run for {idle:g} s", details={"kind": "idle"})
             if fallback.enabled and fallback.on_timeout and not live.progress.heard and live.row.fallback is None:

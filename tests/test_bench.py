@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 
-from bench import burst, imports, latency, many_runs, parsing, throughput
+from bench import burst, imports, latency, many_runs, parsing, shim, throughput
 from bench.__main__ import BEGIN, BENCHES, END, page_with
 from bench.figures import Figure, p95, summary, table
 
@@ -21,6 +21,7 @@ SMALL: dict[str, Callable[[], dict[str, Any]]] = {
     "many_runs": lambda: many_runs.run(20),
     "parsing": lambda: parsing.run(1),
     "imports": lambda: imports.run(1),
+    "shim": lambda: shim.run(1, starts=1, calls=20, rounds=1),
 }
 
 

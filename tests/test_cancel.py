@@ -170,12 +170,15 @@ class Left:
         return ToolUse("Bash", {"command": f"./leave.sh {then}"})
 
     async def processes(self) -> list[psutil.Process]:
-        """The two, once they are there."""
+        """The two, once they are what they are to be: in the middle of an exec a process has no environment."""
         async with self._lock:
             if not self._found:
                 with anyio.fail_after(10):
                     pids = await anyio.to_thread.run_sync(self._fifo.read_text, abandon_on_cancel=True)
-                self._found = [psutil.Process(int(pid)) for pid in pids.split()]
+                    found = [psutil.Process(int(pid)) for pid in pids.split()]
+                    while {process.name() for process in found} != {"sleep"}:  # noqa: ASYNC110  # nothing tells
+                        await anyio.sleep(0.01)
+                self._found = found
             return self._found
 
 
@@ -314,9 +317,9 @@ async def test_a_run_that_times_out_takes_its_children_along(runtime: OpenRuntim
     async with runtime(claude__path=quick_cli) as rt:
         task = Task(agent="helper", prompt="time.sleep(300)", timeout_s=1.5)
         lives: list[LiveRun] = []
-        for _ in range(3):
+        for n in range(3):
             lives.append(rt.live[await submit(rt, task)])
-            task = Task(agent="helper", prompt="time.sleep(300)", parent_id=lives[-1].row.id)
+            task = Task(agent="helper", prompt=f"time.sleep({301 + n})", parent_id=lives[-1].row.id)
         assert await ended(lives) == ["timed_out", "cancelled", "cancelled"]
         assert "which delegated this one" in (lives[1].row.error or {})["message"]
 

@@ -82,6 +82,7 @@ FULL: dict[str, Any] = {
     "mcp_servers": {"other": {"command": "/bin/false", "args": ["-x"]}},
     "setting_sources": ("user", "project"),
     "settings": {"permissions": {"allow": ["Bash(echo (x), y)"]}},
+    "asks": True,
 }
 
 
@@ -120,7 +121,7 @@ def test_a_plain_spec() -> None:
 
 
 def test_every_field_reaches_the_command_line_or_is_known_not_to() -> None:
-    elsewhere = {"cwd", "env", "session_id", "session_mode", "source_session_id"}
+    elsewhere = {"cwd", "env", "session_id", "session_mode", "source_session_id", "source_message_id"}
     assert {field.name for field in dataclasses.fields(Spec)} == FULL.keys() | elsewhere
     for field, value in FULL.items():
         assert len(argv(spec(**{field: value}))) > len(argv(spec())), field
@@ -140,6 +141,10 @@ def test_sessions() -> None:
     assert argv(spec(session_mode="continue"))[-1:] == [f"--resume={ONE}"]
     fork = argv(spec(session_mode="fork", source_session_id=OTHER))
     assert fork[-3:] == [f"--resume={OTHER}", "--fork-session", f"--session-id={ONE}"]
+    part = argv(spec(session_mode="fork", source_session_id=OTHER, source_message_id=ONE))
+    assert part == [*fork, f"--resume-session-at={ONE}"]
+    with pytest.raises(ConfigError, match="source_message_id must be a UUID"):
+        argv(spec(session_mode="fork", source_session_id=OTHER, source_message_id="the second"))
 
 
 @pytest.mark.parametrize("bad", ["", "latest", "5b5cda78", ONE.replace("-", ""), "{" + ONE + "}", f"{ONE}\n"])

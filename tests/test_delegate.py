@@ -512,9 +512,9 @@ async def test_depth_is_limited(runtime: OpenRuntime, model: ModelServer) -> Non
     model.rules = [Rule(Reply("still at it", fault=Fault(stall_at=2)))]
     async with runtime(limits__max_depth=2) as rt:
         top = await submit(rt, Task(agent="helper", prompt="x"))
-        below = await submit(rt, Task(agent="helper", prompt="x", parent_id=top))
+        below = await submit(rt, Task(agent="helper", prompt="y", parent_id=top))
         with pytest.raises(DepthLimitError, match="limited to 2 levels"):
-            await delegate(rt, Task(agent="helper", prompt="x", parent_id=below))
+            await delegate(rt, Task(agent="helper", prompt="z", parent_id=below))
         assert len(await rt.store.runs()) == 2
 
 

@@ -517,7 +517,7 @@ async def test_the_time_of_runs_above_stands_still_while_one_waits(quick: Open) 
     async with quick() as rt:
         top = await submit(rt, Task(agent="helper", prompt="time.sleep(300)", timeout_s=5, idle_timeout_s=4))
         middle = await submit(
-            rt, Task(agent="helper", prompt="time.sleep(300)", timeout_s=5, idle_timeout_s=4, parent_id=top)
+            rt, Task(agent="helper", prompt="time.sleep(301)", timeout_s=5, idle_timeout_s=4, parent_id=top)
         )
         work = "used_up('once', 7) or answer('done')"
         child = await delegate(rt, Task(agent="helper", prompt=work, timeout_s=4, parent_id=middle))

@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import anyio
+import anyio.lowlevel
 import httpx2
 import pytest
 from anyio.abc import SocketStream, TaskGroup, TaskStatus
@@ -110,7 +111,7 @@ async def test_requests_are_checked(rt: Runtime, url: str) -> None:
 async def test_a_client_over_http(model: ModelServer, url: str, mode: str) -> None:
     model.rules = [Rule("over http")]
     async with connected(url, TOKEN, mode=mode) as client:
-        assert len((await client.list_tools()).tools) == 6
+        assert len((await client.list_tools()).tools) >= 6
         assert (await call(client, "delegate", agent="helper", prompt="x")).startswith("over http\n")
 
 
@@ -646,7 +647,7 @@ async def test_no_body_ends_the_http_door(url: str) -> None:
         for body in SAID:
             assert (await say(body, **session)).status_code < 500, body
     async with connected(url, TOKEN) as client:
-        assert len((await client.list_tools()).tools) == 6
+        assert len((await client.list_tools()).tools) >= 6
 
 
 # -- serve --------------------------------------------------------------------------------------------------
@@ -697,6 +698,61 @@ async def test_serve_from_start_to_signal(rt: Runtime, model: ModelServer) -> No
     assert read_state(data) is None
     with pytest.raises(ConnectionRefusedError):
         socket.create_connection(("127.0.0.1", state.line_port), 1).close()
+
+
+async def test_a_server_may_finish_what_it_has_begun(runtime: Open, model: ModelServer) -> None:
+    gate = Gate()
+    model.rules = [Rule(gate)]
+    ended = anyio.Event()
+    async with runtime(server__on_stop="finish") as rt, anyio.create_task_group() as tg:
+        state = await start(tg, rt, ended)
+        async with connected(state.url, state.token) as client:
+            first = await submit(rt, Task(agent="helper", prompt="long work"))
+            await model.wait_for("long work")
+            os.kill(os.getpid(), signal.SIGTERM)
+            with anyio.fail_after(10):
+                while not rt.draining:
+                    await anyio.lowlevel.checkpoint()
+            assert "shutting down" in await call(client, "delegate", agent="helper", prompt="more")
+            assert not ended.is_set()
+            gate.opened.set()
+            with anyio.fail_after(10):
+                await ended.wait()
+        assert (await rt.store.run(first)).text == "at last"
+
+
+async def test_a_second_signal_ends_what_is_being_finished(runtime: Open, model: ModelServer) -> None:
+    model.rules = [Rule(Gate())]
+    ended = anyio.Event()
+    async with runtime(server__on_stop="finish") as rt, anyio.create_task_group() as tg:
+        await start(tg, rt, ended)
+        run_id = await submit(rt, Task(agent="helper", prompt="long work"))
+        await model.wait_for("long work")
+        os.kill(os.getpid(), signal.SIGTERM)
+        with anyio.fail_after(10):
+            while not rt.draining:
+                await anyio.lowlevel.checkpoint()
+            os.kill(os.getpid(), signal.SIGTERM)
+            await ended.wait()
+        assert (await rt.store.run(run_id)).status == "cancelled"
+
+
+async def test_runs_may_be_left_for_later(runtime: Open, model: ModelServer) -> None:
+    model.rules = [Rule(Gate(), times=1), Rule("gone on")]
+    ended = anyio.Event()
+    async with runtime(server__on_stop="interrupt") as rt, anyio.create_task_group() as tg:
+        await start(tg, rt, ended)
+        run_id = await submit(rt, Task(agent="helper", prompt="long work"))
+        await model.wait_for("long work")
+        os.kill(os.getpid(), signal.SIGTERM)
+        with anyio.fail_after(10):
+            await ended.wait()
+        run = await rt.store.run(run_id)
+        assert run.error is not None
+        assert (run.status, run.error["retryable"]) == ("interrupted", True)
+    async with runtime() as rt:
+        outcome = await wait(rt, await submit(rt, Task(agent="helper", prompt="go on", session=run.session_id)))
+        assert (outcome.text, outcome.session_id) == ("gone on", run.session_id)
 
 
 @pytest.mark.parametrize("mode", ["auto", "legacy"])

@@ -139,6 +139,9 @@ class ApiConversation:
         self._error, self._scope = None, anyio.CancelScope()
         self._tg.start_soon(self._converse, turn.prompt, Telling(self._spec, turn, model), self._scope)
 
+    async def answer(self, request_id: str, response: Mapping[str, Any]) -> None:
+        """The API asks nothing."""
+
     async def interrupt(self) -> None:
         self._scope.cancel()
 

@@ -18,6 +18,7 @@ from orchestrator.backends.claude_errors import error_of, fatal, start_refusal
 from orchestrator.conversation import McpEndpoint, Spec, Turn
 from orchestrator.errors import ConfigError, PromptError
 from orchestrator.messages import ControlRequest, Message, UnknownMessage
+from orchestrator.questions import readable
 
 __all__ = [
     "EFFORTS",
@@ -26,11 +27,13 @@ __all__ = [
     "Flag",
     "answer_control",
     "argv",
+    "encode_answer",
     "encode_control",
     "encode_prompt",
     "environment",
     "error_of",
     "fatal",
+    "is_question",
     "requests_of",
     "start_refusal",
 ]
@@ -164,6 +167,8 @@ FLAGS: tuple[Flag, ...] = (
     Flag("--allowedTools", lambda spec: _rules("allowed_tools", spec.allowed_tools)),
     Flag("--disallowedTools", lambda spec: _rules("disallowed_tools", spec.disallowed_tools)),
     Flag("--permission-mode", lambda spec: _permission_mode(spec.permission_mode)),
+    # Without it the CLI denies what it would have to ask; its agents have no tool to ask with either.
+    Flag("--permission-prompt-tool", lambda spec: ["stdio"] if spec.asks else [], hidden=True),
     Flag("--effort", lambda spec: _one_of("effort", spec.effort, EFFORTS)),
     Flag("--max-turns", lambda spec: _positive("max_turns", spec.max_turns), hidden=True),
     Flag("--max-budget-usd", lambda spec: _positive("budget_usd", spec.budget_usd)),
@@ -195,7 +200,10 @@ def _session(spec: Spec) -> list[str]:
     if spec.session_mode == "continue":
         return [f"--resume={own}"]
     source = _uuid("source_session_id", spec.source_session_id)
-    return [f"--resume={source}", "--fork-session", f"--session-id={own}"]
+    whole = [f"--resume={source}", "--fork-session", f"--session-id={own}"]
+    if spec.source_message_id is None:
+        return whole
+    return [*whole, f"--resume-session-at={_uuid('source_message_id', spec.source_message_id)}"]
 
 
 def _uuid(field: str, value: str | None) -> str:
@@ -286,12 +294,21 @@ def answer_control(message: Message) -> bytes | None:
     if asked is None:
         return None
     request_id, subtype = asked
-    answer: dict[str, Any]
     if subtype is not None and subtype in _ANSWERS:
-        answer = {"subtype": "success", "request_id": request_id, "response": _ANSWERS[subtype]}
-    else:
-        error = f"the orchestrator does not handle {subtype or 'requests like this'}"
-        answer = {"subtype": "error", "request_id": request_id, "error": error}
+        return encode_answer(request_id, _ANSWERS[subtype])
+    error = f"the orchestrator does not handle {subtype or 'requests like this'}"
+    answer = {"subtype": "error", "request_id": request_id, "error": error}
+    return _line({"type": "control_response", "response": answer})
+
+
+def is_question(message: Message) -> bool:
+    """Whether it is a permission prompt or a question of the agent, in a shape we understand."""
+    return isinstance(message, ControlRequest) and readable(message)
+
+
+def encode_answer(request_id: str, response: Mapping[str, Any]) -> bytes:
+    """The line that answers a request of the CLI, such as ``{"behavior": "allow"}``."""
+    answer = {"subtype": "success", "request_id": request_id, "response": response}
     return _line({"type": "control_response", "response": answer})
 
 

@@ -14,6 +14,7 @@ from orchestrator import __version__
 
 # name: (module, what --help says). The functions are named like the commands.
 COMMANDS = {
+    "init": ("orchestrator.cli.init", "Set up a project: settings, example agents, .mcp.json."),
     "run": ("orchestrator.cli.run", "Run a plan to its end."),
     "delegate": ("orchestrator.cli.delegating", "Hand one task to one agent."),
     "agents": ("orchestrator.cli.agents", "List, show and validate agent files; prefer a model for one."),
@@ -22,6 +23,7 @@ COMMANDS = {
     "trace": ("orchestrator.cli.trace", "Show the tree of runs below one, or export it."),
     "serve": ("orchestrator.cli.serving", "Serve MCP over HTTP and to the stdio shim."),
     "mcp": ("orchestrator.cli.serving", "MCP over stdio, for `claude mcp add` (finds or starts the server)."),
+    "register": ("orchestrator.cli.register", "Register with Claude Code, or print what another client needs."),
     "doctor": ("orchestrator.cli.doctor", "Check that everything is in place, and say what to do if not."),
     "config": ("orchestrator.cli.config", "Show the settings in force and where each comes from."),
 }

@@ -174,6 +174,12 @@ class LiveView:
         if kind == "run.resumed":
             row.status, row.activity = "queued" if row.started is None else "running", ""
             return f"{row.job} goes on"
+        if kind == "run.asked":
+            row.activity = f"asks: {one_line(data['text'], 200)}"
+            return f"{row.job} {row.activity}"
+        if kind == "run.answered":
+            row.activity = ""
+            return f"{row.job} was {'allowed' if data['allowed'] else 'denied'} it by {data['by']}"
         if kind == "run.activity":
             row.activity = str(data.get("activity", ""))
         if kind == "run.ended":

@@ -17,17 +17,32 @@ from orchestrator.outcome import ENDED
 from orchestrator.redaction import Redactor
 from orchestrator.store.database import Database, StoreError, open_sqlite
 from orchestrator.store.liveness import Liveness, started
-from orchestrator.store.rows import Run, RunFilters, SessionRow, StoredMessage, to_columns, to_json
+from orchestrator.store.queries import SUBTREE, GroupBy, Queries
+from orchestrator.store.rows import (
+    Run,
+    RunFilters,
+    RunLabel,
+    SessionRow,
+    SessionView,
+    StoredMessage,
+    Sums,
+    to_columns,
+    to_json,
+)
 from orchestrator.store.writer import Statement
 
 __all__ = [
     "ENDED",
+    "GroupBy",
     "Run",
     "RunFilters",
+    "RunLabel",
     "SessionRow",
+    "SessionView",
     "Store",
     "StoreError",
     "StoredMessage",
+    "Sums",
     "now_us",
     "open_store",
 ]
@@ -59,7 +74,7 @@ async def open_store(
                 await store.retire_instance()
 
 
-class Store:
+class Store(Queries):
     """Typed methods over a Database. Everything that changes state returns after it is committed.
 
     What is written is redacted here, so that no secret reaches the file or its write-ahead log.
@@ -239,19 +254,12 @@ class Store:
 
     async def runs(self, *, limit: int = 50, **filters: Unpack[RunFilters]) -> list[Run]:
         """Runs that match every filter given (None: not given), newest first."""
-        given: dict[str, Any] = {name: value for name, value in filters.items() if value is not None}
-        if "ids" in given:
-            given["ids"] = to_json(list(given["ids"]))
-        where = " AND ".join(_FILTERS[name] for name in given) or "1"
-        rows = await self._db.all(
-            f"SELECT * FROM runs WHERE {where} ORDER BY created_us DESC, id LIMIT :limit", {**given, "limit": limit}
-        )
-        return [Run.of(row) for row in rows]
+        return await self.find_runs(now_us(), limit, **filters)
 
     async def tree(self, run_id: str) -> list[Run]:
         """The run and everything below it, parents before children, in order of creation."""
         rows = await self._db.all(
-            f"SELECT * FROM runs WHERE id IN ({_SUBTREE}) ORDER BY depth, created_us, id",
+            f"SELECT * FROM runs WHERE id IN ({SUBTREE}) ORDER BY depth, created_us, id",
             {"within": run_id},
         )
         return [Run.of(row) for row in rows]
@@ -359,27 +367,6 @@ class Store:
         """Agent id → preferred model."""
         rows = await self._db.all("SELECT agent, model FROM agent_preferences")
         return {row["agent"]: row["model"] for row in rows}
-
-
-_SUBTREE = (
-    "WITH RECURSIVE below(id) AS"
-    " (VALUES (:within) UNION SELECT r.id FROM runs r JOIN below b ON r.parent_id = b.id) SELECT id FROM below"
-)
-
-_FILTERS = {
-    "ids": "id IN (SELECT value FROM json_each(:ids))",
-    "agent": "name = :agent",
-    "session_id": "session_id = :session_id",
-    "status": "status = :status",
-    "parent_id": "parent_id = :parent_id",
-    "step": "step = :step",
-    "root_id": "root_id = :root_id",
-    "trace_id": "trace_id = :trace_id",
-    "text": "(instr(lower(prompt), lower(:text)) OR instr(lower(runs.text), lower(:text)))",
-    "after_us": "created_us >= :after_us",
-    "before_us": "created_us < :before_us",
-    "within": f"id IN ({_SUBTREE})",
-}
 
 
 def _update(run_id: str, fields: dict[str, Any]) -> Statement:

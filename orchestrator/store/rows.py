@@ -111,10 +111,14 @@ class RunFilters(TypedDict, total=False):
     """What ``Store.runs`` can be asked for. Times are microseconds since 1970 UTC.
 
     ``text`` is looked for in prompt and answer, ``within`` keeps to the subtree of that run, itself included.
+    A run whose cost is unknown has none that could be compared; one that goes on has taken the time until now.
+    ``past`` is ``created_us`` and id of the last row of the page before.
     """
 
     ids: Collection[str] | None
+    kind: Literal["agent", "plan"] | None
     agent: str | None
+    project: str | None
     session_id: str | None
     status: str | None
     parent_id: str | None
@@ -124,7 +128,12 @@ class RunFilters(TypedDict, total=False):
     text: str | None
     after_us: int | None
     before_us: int | None
+    min_cost_usd: float | None
+    max_cost_usd: float | None
+    min_duration_us: float | None
+    max_duration_us: float | None
     within: str | None
+    past: tuple[int, str] | None
 
 
 #: Columns that hold JSON.
@@ -162,6 +171,44 @@ class SessionRow(BaseModel):
     locked_by: str | None = None
     created_us: int
     updated_us: int
+
+
+class SessionView(SessionRow):
+    """A session with its last run: id, project and the beginning of its prompt. ``run_id`` None: none is known."""
+
+    run_id: str | None = None
+    project: str | None = None
+    prompt: str | None = None
+
+
+class RunLabel(BaseModel):
+    """What people know a run by."""
+
+    id: str
+    name: str
+    status: RunStatus
+
+
+class Sums(BaseModel):
+    """Runs added up: plans are counted, but cost and tokens are those of agents alone, which plans only pass on.
+
+    ``failed`` are those that timed out or were interrupted too. ``cost_usd`` adds what is known, ``unknown_cost``
+    says of how many runs that began it is not. ``duration_us`` adds times of work, which may have overlapped.
+    """
+
+    key: str
+    runs: int
+    ok: int
+    failed: int
+    cancelled: int
+    unfinished: int
+    cost_usd: float
+    unknown_cost: int
+    input_tokens: int
+    output_tokens: int
+    cache_read_tokens: int
+    cache_write_tokens: int
+    duration_us: int
 
 
 def to_columns(fields: Mapping[str, Any], redact: Redactor) -> dict[str, Any]:

@@ -76,6 +76,9 @@ class FakeConversation:
             await self._said.wait()
         return parse_message(self._lines.popleft())
 
+    async def answer(self, request_id: str, response: Mapping[str, Any]) -> None:
+        """Nothing of what it says is a question that waits."""
+
     async def interrupt(self) -> None:
         """A turn at work ends with the result of one that was interrupted."""
         await anyio.lowlevel.checkpoint()
