@@ -137,7 +137,7 @@ async def test_the_configured_limits_count_too(runtime: OpenRuntime, limit: dict
 async def test_one_more_run_than_allowed_is_refused(stalled: None, rt: Runtime) -> None:
     with anyio.fail_after(60):
         top = await submit(rt, Task(agent="helper", prompt="wait", max_runs=2))
-        first = await submit(rt, Task(agent="helper", prompt="wait", parent_id=top))
+        first = await submit(rt, Task(agent="worker", prompt="wait", parent_id=top))
         second = await delegate(rt, Task(agent="helper", prompt="x", parent_id=first))
         assert second.ok, "a grandchild takes one, too"
         for parent in (top, first):
@@ -193,7 +193,7 @@ async def test_a_run_that_may_start_none_works_itself(stalled: None, runtime: Op
 async def test_a_task_may_allow_fewer_levels_than_the_settings(stalled: None, rt: Runtime) -> None:
     with anyio.fail_after(60):
         top = await submit(rt, Task(agent="helper", prompt="wait", max_depth=2))
-        child = await submit(rt, Task(agent="helper", prompt="wait", parent_id=top, max_depth=9))
+        child = await submit(rt, Task(agent="worker", prompt="wait", parent_id=top, max_depth=9))
         below = Task(agent="helper", prompt="x", parent_id=child)
         await refused(rt, below, DepthLimitError, "limited to 2 levels and this would be level 3")
 
@@ -224,8 +224,8 @@ async def test_a_plan_that_runs_out_of_runs_says_so(
 async def test_a_childs_time_is_over_when_its_parents_is(stalled: None, rt: Runtime) -> None:
     with anyio.fail_after(30):
         top = await submit(rt, Task(agent="helper", prompt="wait", timeout_s=4))
-        child = await submit(rt, Task(agent="helper", prompt="wait", parent_id=top, timeout_s=3600))
-        grandchild = await submit(rt, Task(agent="helper", prompt="wait", parent_id=child, timeout_s=3600))
+        child = await submit(rt, Task(agent="worker", prompt="wait", parent_id=top, timeout_s=3600))
+        grandchild = await submit(rt, Task(agent="helper", prompt="wait.", parent_id=child, timeout_s=3600))
         outcomes = [await wait(rt, run) for run in (top, child, grandchild)]
     # Whichever is first, their look at the clock or the end of the run above.
     assert [outcome.status for outcome in outcomes] == ["timed_out", "cancelled", "cancelled"]

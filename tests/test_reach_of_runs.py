@@ -68,10 +68,10 @@ async def test_an_agent_that_works_elsewhere_may_delegate_there_and_no_further(
                 update={"id": "f" * 16, "root_id": "f" * 16, "status": "running", "ended_us": None}
             )
             await rt.store.create_run(live)
-            inside = await delegate(rt, Task(agent="helper", prompt="go", parent_id=live.id))
+            inside = await delegate(rt, Task(agent="helper", prompt="go on", parent_id=live.id))
             assert (await rt.store.run(inside.run_id)).cwd == str(outside)
             with pytest.raises(ReachError):
-                await delegate(rt, Task(agent="helper", prompt="go", cwd=tmp_path, parent_id=live.id))
+                await delegate(rt, Task(agent="helper", prompt="go on", cwd=tmp_path, parent_id=live.id))
 
 
 async def test_configured_directories_bind_people_too(

@@ -1,5 +1,6 @@
 """``orchestrator serve`` and ``orchestrator mcp``: the one command module that may load MCP."""
 
+import gc
 import sys
 from typing import Any
 
@@ -20,6 +21,7 @@ def serve_command(ctx: click.Context, port: int | None) -> None:
     One server per data directory. The bearer token is in server.token there.
     """
     config = config_of(ctx, **({} if port is None else {"server__port": port}))
+    gc.disable()  # what MCP loads stays: to look through it again and again is a sixth of the start
     run_async(_serve, config)
 
 
@@ -30,6 +32,8 @@ async def _serve(config: Config) -> None:
 
     async with open_runtime(config, kind="serve", open_door=open_door) as rt, anyio.create_task_group() as tg:
         state: ServerState = await tg.start(serve, rt, open_doors)
+        gc.freeze()
+        gc.enable()
         click.echo(f"serving {state.url}\ntoken in {config.data_path / 'server.token'}", err=True)
 
 
