@@ -448,7 +448,9 @@ async def test_a_run_over_its_budget_is_stopped(rt: Runtime, model: ModelServer)
     assert (outcome.status, error_code(outcome)) == ("failed", "budget_exceeded")
     assert len(model.journal) == 2  # 0.402 $ each
     assert "Thinking about it." in outcome.text
-    assert outcome.cost_usd == pytest.approx(0.804)
+    # All but the end of the second answer, which the stop may have come before: its output is 0.002 $.
+    assert outcome.cost_usd is not None
+    assert 0.802 < outcome.cost_usd < 0.804 + 1e-9
 
 
 async def test_children_share_what_their_parent_has_left(rt: Runtime, model: ModelServer) -> None:
