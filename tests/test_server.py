@@ -33,6 +33,7 @@ from orchestrator.delegation import submit, wait
 from orchestrator.errors import ServerUnavailableError
 from orchestrator.runtime import Runtime
 from orchestrator.server import ServerState, claimed, read_state, serve, server_token, write_private
+from orchestrator.specs import OUR_TOOLS
 from orchestrator.task import Task
 from orchestrator.testing import ModelServer, Request, Rule
 from orchestrator.tracing import SpanContext, new_run_id, new_trace_id
@@ -111,7 +112,7 @@ async def test_requests_are_checked(rt: Runtime, url: str) -> None:
 async def test_a_client_over_http(model: ModelServer, url: str, mode: str) -> None:
     model.rules = [Rule("over http")]
     async with connected(url, TOKEN, mode=mode) as client:
-        assert len((await client.list_tools()).tools) >= 6
+        assert len((await client.list_tools()).tools) == len(OUR_TOOLS)
         assert (await call(client, "delegate", agent="helper", prompt="x")).startswith("over http\n")
 
 
@@ -647,7 +648,7 @@ async def test_no_body_ends_the_http_door(url: str) -> None:
         for body in SAID:
             assert (await say(body, **session)).status_code < 500, body
     async with connected(url, TOKEN) as client:
-        assert len((await client.list_tools()).tools) >= 6
+        assert len((await client.list_tools()).tools) == len(OUR_TOOLS)
 
 
 # -- serve --------------------------------------------------------------------------------------------------

@@ -31,6 +31,7 @@ from orchestrator.killing import INSTANCE_ID_ENV, PROCESS_ID_ENV
 from orchestrator.process import connect_process
 from orchestrator.runtime import Runtime
 from orchestrator.server import ServerState, read_state, serve, write_private
+from orchestrator.specs import OUR_TOOLS
 from orchestrator.task import Task
 from orchestrator.testing import ModelServer, Reply, Request, Rule, ToolUse
 from orchestrator.tracing import new_run_id
@@ -313,7 +314,7 @@ async def test_a_modern_client(client: Client, model: ModelServer) -> None:
     model.rules = [Rule("hello")]
     discovered = await client.ask("server/discover")
     assert "2026-07-28" in discovered["result"]["supportedVersions"]
-    assert len((await client.ask("tools/list"))["result"]["tools"]) >= 6
+    assert len((await client.ask("tools/list"))["result"]["tools"]) == len(OUR_TOOLS)
     assert (await client.call("delegate", agent="helper", prompt="x")).startswith("hello\n[run_id=")
 
 
